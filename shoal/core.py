@@ -1,0 +1,425 @@
+"""START HERE. The types everything else is written in; they compute next to nothing.
+
+1. A process hosts m of the n clients. Code is written on rows: tensors (m, d) beside the ids of the m clients.
+2. A method is an estimator of grad f in two halves of pure functions: the workers' (`up`, `commit`) and the server's
+   (`down`, `estimate`). What is done with the estimate is a `Descent`.
+3. A compressor is the joint law of C_1..C_n and its wire format: rows in, bytes out. It has no state.
+4. Every random number is a pure function of (seed, stream, round, slot, coordinate): see `Round`.
+5. A runtime provides a channel: these bytes down, these bytes up, in slot order.
+
+One letter, one meaning: n clients in all, m hosted here, d coordinates, k kept coordinates, x iterate, g estimate,
+h shift, u what is being compressed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Annotated, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from shoal import kernels, rng
+from shoal.errors import ConfigError, LengthError, NonFiniteError
+from shoal.theory import AB, Setting, Smoothness, StepSize, independent
+
+Vector = Tensor  # (d,) float32
+Rows = Annotated[Tensor, "one row a hosted client"]  # (m, d) float32; in a state, the annotation is read by the driver
+FLOAT_MAX = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class Round:
+    """Which round, whose rows, and every random number of it.
+
+    `clients` (m,) are the ids of the clients hosted here that take part; `slots` (m,) their places 0..cohort-1 among
+    this round's messages (with full participation slots = clients, cohort = n). `agreed` is the scalar all clients
+    settled on this round, where the compressor asked for one.
+    """
+
+    index: int
+    seed: int
+    n: int
+    clients: Tensor
+    slots: Tensor
+    cohort: int
+    agreed: float | None = None
+    prefix: str = ""
+
+    @staticmethod
+    def full(index: int, seed: int, n: int, clients: Tensor | None = None) -> Round:
+        """A round in which all n clients take part, seen by the process that hosts `clients` (default: all)."""
+        ids = torch.arange(n) if clients is None else clients
+        return Round(index, seed, n, ids, ids, n)
+
+    def draw(self, stream: str, slots: Tensor | None = None) -> kernels.Draw:
+        """The named stream of the given slots (default: the hosted rows', private)."""
+        return kernels.Draw(self.slots if slots is None else slots, self.index, rng.stream_id(self.prefix + stream), self.seed)
+
+    def shared(self, stream: str) -> kernels.Draw:
+        """The named stream that all clients and the server derive alike."""
+        return self.draw(stream, rng.SHARED)
+
+    def uniform(self, d: int, stream: str) -> Tensor:
+        """(m, d) float32 on [0, 1), private to each row."""
+        return rng.uniform(self.draw(stream), d)
+
+    def coin(self, p: float, stream: str) -> bool:
+        """Heads with probability p, the same for all."""
+        return bool(rng.uniform(self.shared(stream), 1).item() < p)
+
+    def permutation(self, d: int, stream: str) -> Tensor:
+        """(d,) int64: a shared uniform permutation."""
+        return rng.permutation(self.shared(stream), d)
+
+    def server(self) -> Round:
+        """The server's own randomness: one row whose slot no client has."""
+        return replace(self, clients=rng.SERVER, slots=rng.SERVER)
+
+    def fork(self, name: str) -> Round:
+        """A second, independent use of the same streams in one round."""
+        return replace(self, prefix=f"{self.prefix}{name}/")
+
+    def rows(self, part: slice | Tensor) -> Round:
+        """The same round for some of the hosted rows."""
+        return replace(self, clients=self.clients[part], slots=self.slots[part])
+
+
+@dataclass(frozen=True)
+class Messages:
+    """Row i is payload[i, :nbytes[i]], of slot slots[i]. These bytes are what travels and what is counted."""
+
+    payload: Tensor  # (m, capacity) uint8, zero beyond nbytes
+    nbytes: Tensor  # (m,) int64
+    slots: Tensor  # (m,) int64
+    d: int
+
+    @staticmethod
+    def of(payload: Tensor, rnd: Round, d: int, nbytes: Tensor | None = None) -> Messages:
+        """Rows of bytes, all of them in use unless `nbytes` says otherwise."""
+        if nbytes is None:
+            nbytes = torch.full((len(payload),), payload.shape[1])
+        return Messages(payload, nbytes, rnd.slots, d)
+
+    def checked(self, lengths: int | Tensor) -> Tensor:
+        """The payload, if every row is exactly as long as the code says. Raises LengthError otherwise.
+
+        The first line of every `decode`: no byte is read before its length is right.
+        """
+        wide = self.payload.shape[1]
+        expected = torch.as_tensor(lengths).expand(len(self.nbytes))
+        if not torch.equal(self.nbytes, expected) or (len(expected) and wide < int(expected.max())):
+            raise LengthError(f"rows of {self.nbytes.tolist()[:4]} bytes in {wide}; the code says {expected.tolist()[:4]}.")
+        return self.payload[:, : int(expected.max())] if len(expected) else self.payload
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """The little-endian bytes of a contiguous (m, c) float32 tensor: (m, 4 c) uint8."""
+    return x.contiguous().view(torch.uint8)
+
+
+def as_floats(b: Tensor) -> Tensor:
+    """(m, c) float32 of (m, 4 c) bytes."""
+    flat = b.contiguous().reshape(-1)
+    if flat.storage_offset() % 4:
+        flat = flat.clone()
+    return flat.view(torch.float32).reshape(len(b), b.shape[1] // 4)
+
+
+def checked_rows(u: Rows, rnd: Round, gain: float = 1.0) -> Rows:
+    """u itself (contiguous, detached), if it can be compressed: the first line of every `encode`.
+
+    Raises ConfigError for a wrong shape or dtype, NonFiniteError for a NaN, an infinity, or a finite value that
+    overflows float32 once multiplied by `gain`. Names the client.
+    """
+    if u.ndim != 2 or u.dtype != torch.float32 or u.shape[0] != len(rnd.slots) or u.shape[1] == 0:
+        raise ConfigError(
+            f"compressing {tuple(u.shape)} {u.dtype} for {len(rnd.slots)} clients: rows must be (m, d) float32 with d >= 1."
+        )
+    u = u.detach().contiguous()
+    top = kernels.of(u).maxes(u)
+    bad = ~(top.double() * gain <= FLOAT_MAX)
+    if bool(bad.any()):
+        who, value = int(rnd.clients[bad][0]), float(top[bad][0])
+        what = f"overflows float32 when scaled by {gain:g}" if value < float("inf") else "is not finite"
+        raise NonFiniteError(f"client {who}, round {rnd.index}: an entry of magnitude {value:g} {what}.")
+    return u
+
+
+# ------------------------------------------------------------------------------------------------ compressors
+class Compressor(ABC):
+    """The joint law of C_1..C_n and its wire format. Stateless: memory belongs to methods.
+
+    Beside these, a compressor states its constants, each with its theorem, as far as it has them:
+    `omega(d)`: E C(u) = u, E||C(u) - u||^2 <= omega ||u||^2;  `alpha(d)`: E||C(u) - u||^2 <= (1 - alpha) ||u||^2;
+    `ab(n, d)`: the AB inequality of the n compressors together.
+    """
+
+    agrees = False  # whether `prepare` returns scalars whose maximum all clients must know before `encode`
+
+    def check(self, n: int, d: int) -> None:  # noqa: B027
+        """Raise ConfigError if these n clients cannot compress d coordinates; called before anything runs."""
+
+    @abstractmethod
+    def capacity(self, n: int, d: int) -> int:
+        """Bytes: an upper bound of a message's length, known without the data."""
+
+    def prepare(self, u: Rows, rnd: Round) -> Tensor:
+        """(m,) float32: what each client brings to the agreement (only where `agrees`)."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def encode(self, u: Rows, rnd: Round) -> Messages:
+        """The m clients' messages. Row i depends on u[i], the round and row i's slot alone."""
+
+    @abstractmethod
+    def decode(self, msgs: Messages, rnd: Round) -> Rows:
+        """(m, d) float32: C_i(u_i), from the bytes and the round alone."""
+
+    def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
+        """(d,) float32: (1/cohort) sum_i C_i(u_i), added in slot order in float64."""
+        return kernels.of(msgs.payload).mean_rows(self.decode(msgs, rnd), rnd.cohort).float()
+
+
+class Unbiased(Compressor):
+    """Independent unbiased compressors: `omega` is stated, A = omega / n and B = 0 follow."""
+
+    @abstractmethod
+    def omega(self, d: int) -> float:
+        """E||C(u) - u||^2 <= omega ||u||^2."""
+
+    def ab(self, n: int, d: int) -> AB:
+        """A = omega / n, B = 0: the errors are independent and have mean zero."""
+        return independent(self.omega(d), n, f"independent, omega = {self.omega(d):.6g}")
+
+
+def require(compressor: Compressor, constant: str, method: str, mend: str) -> None:
+    """Raise ConfigError unless the compressor states this constant (`omega`, `alpha` or `ab`)."""
+    if not isinstance(compressor, Compressor):
+        raise ConfigError(f"{method} needs a compressor, e.g. {method}(RandK(10)); got {compressor!r}.")
+    if not hasattr(compressor, constant):
+        has = [c for c in ("omega", "alpha", "ab") if hasattr(compressor, c)]
+        raise ConfigError(
+            f"{method} needs a compressor with {constant}; {compressor!r} has {' and '.join(has) or 'no constant'}. {mend}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ methods
+Gradient = Callable[[Vector, Round], Rows]  # pure: a minibatch is drawn from the round
+
+
+class Dense(Compressor):
+    """The identity on the wire: d little-endian float32, omega = 0, alpha = 1, A = B = 0.
+
+    It lives here, not in `shoal.compressors` (which exports it), because it is what every method sends down and what
+    MARINA sends on heads.
+    """
+
+    def __repr__(self) -> str:
+        return "Dense()"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Dense)
+
+    def __hash__(self) -> int:
+        return hash(Dense)
+
+    def capacity(self, n: int, d: int) -> int:
+        """4 d bytes."""
+        return 4 * d
+
+    def encode(self, u: Rows, rnd: Round) -> Messages:
+        return Messages.of(as_bytes(checked_rows(u, rnd)), rnd, u.shape[1])
+
+    def decode(self, msgs: Messages, rnd: Round) -> Rows:
+        return as_floats(msgs.checked(4 * msgs.d))
+
+    def omega(self, d: int) -> float:
+        """0: nothing is lost."""
+        return 0.0
+
+    def alpha(self, d: int) -> float:
+        """1: nothing is lost."""
+        return 1.0
+
+    def ab(self, n: int, d: int) -> AB:
+        """A = B = 0: nothing is lost."""
+        return AB(0.0, 0.0, source="identity")
+
+
+DENSE = Dense()
+
+
+class Method(ABC):
+    """A gradient estimator: init -> (down -> up -> commit -> estimate)*, all of them pure.
+
+    States are NamedTuples of tensors (or `()`); a worker field annotated `Rows` holds a row a hosted client, any other
+    field one value that all hosted workers share.
+    """
+
+    def check(self, n: int, d: int) -> None:  # noqa: B027
+        """Raise ConfigError if the method cannot run at this n and d; called before anything runs."""
+
+    def resolved(self, setting: Setting) -> Method:
+        """The method with a number in place of every parameter left open (p, the shift's step, ...)."""
+        return self
+
+    @abstractmethod
+    def step_size(self, setting: Setting) -> StepSize:
+        """The theorem's step size, with the constants that went in. `proved` is False where no theorem applies."""
+
+    @abstractmethod
+    def init(self, x0: Vector, rnd: Round) -> tuple[Any, Any]:
+        """(server state, workers' state) before round 0."""
+
+    def down(self, server: Any, x: Vector, rnd: Round) -> tuple[Messages, Any]:
+        """What the server sends: by default the model, uncompressed, one row for all."""
+        return DENSE.encode(x[None], rnd.server()), server
+
+    def model(self, down: Messages, rnd: Round) -> Vector:
+        """The x that a worker reads from the default `down`."""
+        return DENSE.decode(down, rnd.server())[0]
+
+    @abstractmethod
+    def code(self, rnd: Round) -> Compressor:
+        """The compressor of this round's uplink; everyone derives the same."""
+
+    @abstractmethod
+    def up(self, worker: Any, down: Messages, grad: Gradient, rnd: Round) -> tuple[Rows, Any]:
+        """What each hosted client compresses and sends, and its state."""
+
+    def commit(self, worker: Any, sent: Messages, rnd: Round) -> Any:
+        """The state once the client knows its own message (DIANA and EF21 move their shifts by it)."""
+        return worker
+
+    @abstractmethod
+    def estimate(self, server: Any, up: Messages, rnd: Round) -> tuple[Vector, Any]:
+        """The estimate g of grad f from all messages, in slot order, and the server's state."""
+
+
+class Descent(Protocol):
+    """What is done with the estimate."""
+
+    def init(self, x0: Vector) -> Any: ...
+
+    def step(self, x: Vector, g: Vector, state: Any) -> tuple[Vector, Any]: ...
+
+
+# ------------------------------------------------------------------------------------------------ problems
+class Problem(ABC):
+    """n local functions over x in R^d. f = (1/n) sum f_i: any weights sit inside the f_i.
+
+    Law: row i of what `evaluate` and `grad` return has the same bits whatever rows stand beside it.
+    """
+
+    name: str
+    n: int
+    d: int
+    full_batch = True  # `grad` returns the rows of `evaluate`
+
+    @abstractmethod
+    def start(self) -> Vector:
+        """x^0."""
+
+    @abstractmethod
+    def evaluate(self, x: Vector, clients: Tensor) -> tuple[Tensor, Rows]:
+        """(values (m,) float64, gradients (m, d) float32) of these clients' f_i at x, on all their data."""
+
+    def grad(self, x: Vector, rnd: Round) -> Rows:
+        """What a method's worker sees of grad f_i; a stochastic problem draws its minibatch from the round."""
+        return self.evaluate(x, rnd.clients)[1]
+
+    @abstractmethod
+    def smoothness(self) -> Smoothness:
+        """The constants, each exact, a valid bound or an estimate."""
+
+    @abstractmethod
+    def only(self, clients: Tensor) -> Problem:
+        """The same problem holding just these clients' data: what a rank loads."""
+
+
+# ------------------------------------------------------------------------------------------------ runtimes
+@dataclass
+class Meter:
+    """Bytes since round 0, over all clients: payload, the same in frames, and what a real network moved."""
+
+    up: int = 0
+    down: int = 0
+    up_framed: int = 0
+    down_framed: int = 0
+    moved: int = 0
+
+    def bits(self, n: int) -> dict[str, float]:
+        """Cumulative bits a client, as a row of results has them."""
+        names = {"up_bits": self.up, "down_bits": self.down}
+        names |= {"up_framed_bits": self.up_framed, "down_framed_bits": self.down_framed}
+        return {name: 8.0 * count / n for name, count in names.items()}
+
+
+class Channel(Protocol):
+    """What a runtime provides. All of it is collective: every process calls it in the same order."""
+
+    n: int
+    clients: Tensor  # (m,) the clients hosted here
+    serves: bool  # whether the server's half runs here
+    meter: Meter
+
+    def scatter(self, down: Messages | None, rnd: Round) -> Messages:
+        """Server to workers: one row for all."""
+        ...
+
+    def gather(self, up: Messages, width: int, rnd: Round) -> Messages:
+        """Workers to server: every row of the round, in slot order."""
+        ...
+
+    def agree(self, values: Tensor, rnd: Round) -> float:
+        """The maximum of one float32 scalar a client, over all clients."""
+        ...
+
+    def collect(self, values: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
+        """All clients' values and rows, in id order: for measuring, never counted."""
+        ...
+
+
+class Row(NamedTuple):
+    """One line of results, at x^round: f, ||grad f||^2 of the exact mean gradient, bits a client spent so far."""
+
+    round: int
+    value: float
+    grad_norm_sq: float
+    up_bits: float
+    down_bits: float
+    up_framed_bits: float
+    down_framed_bits: float
+    seconds: float
+
+
+Recorder = Callable[[Row], None]
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a round needs from the rounds before it: what a checkpoint holds."""
+
+    index: int
+    x: Vector
+    server: Any
+    workers: Any
+    descent: Any
+    meter: Meter = field(default_factory=Meter)
+
+
+@dataclass(frozen=True)
+class Event:
+    """x^index, before round `index` runs. `measured` evaluates f and grad f there, once, when asked."""
+
+    state: State
+    evaluate: Callable[[Vector], tuple[float, float]]
+
+    @cached_property
+    def measured(self) -> tuple[float, float]:
+        """(f(x), ||grad f(x)||^2), exact."""
+        return self.evaluate(self.state.x)

@@ -1,0 +1,110 @@
+"""The errors shoal raises, all in one tree.
+
+::
+
+    Exception
+    └── ShoalError                    everything shoal raises on purpose
+        ├── ConfigError               (also ValueError) a setting breaks a rule; raised before any work is done
+        │   └── DataError             a data file is absent, malformed or does not fit the problem
+        ├── NonFiniteError            (also ArithmeticError) a NaN or an infinity where a number is needed
+        ├── WireError                 (also ValueError) a received frame cannot be accepted
+        │   ├── BadMagic              it is not a frame of this protocol
+        │   ├── VersionMismatch       it is a frame of another version of the protocol
+        │   ├── ConfigMismatch        its sender runs another configuration
+        │   ├── RoundMismatch         it belongs to another round
+        │   ├── LengthError           it is shorter or longer than it must be
+        │   ├── ChecksumError         its bytes changed on the way
+        │   └── PayloadError          its payload does not decode to a message
+        ├── CheckpointError           a checkpoint cannot be used
+        │   ├── CheckpointCorrupt     the file is damaged or incomplete
+        │   └── ResumeMismatch        the file is sound and belongs to another run
+        └── ReplicaDrift              copies of a state that must agree bit for bit do not
+
+Every message names the offending value, the rule it breaks and the mend. The classes carry no behavior: what
+distinguishes them is what a caller may do next (mend the settings, drop the frame, start afresh).
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BadMagic",
+    "CheckpointCorrupt",
+    "CheckpointError",
+    "ChecksumError",
+    "ConfigError",
+    "ConfigMismatch",
+    "DataError",
+    "LengthError",
+    "NonFiniteError",
+    "PayloadError",
+    "ReplicaDrift",
+    "ResumeMismatch",
+    "RoundMismatch",
+    "ShoalError",
+    "VersionMismatch",
+    "WireError",
+]
+
+
+class ShoalError(Exception):
+    """Any error that shoal raises on purpose."""
+
+
+class ConfigError(ShoalError, ValueError):
+    """A setting breaks a rule; raised before any work is done."""
+
+
+class DataError(ConfigError):
+    """A data file is absent, malformed or does not fit the problem that asked for it."""
+
+
+class NonFiniteError(ShoalError, ArithmeticError):
+    """A NaN or an infinity stands where a finite number is needed."""
+
+
+class WireError(ShoalError, ValueError):
+    """A received frame cannot be accepted."""
+
+
+class BadMagic(WireError):
+    """The first bytes are not those of a shoal frame."""
+
+
+class VersionMismatch(WireError):
+    """The frame was written by another version of the wire protocol."""
+
+
+class ConfigMismatch(WireError):
+    """The frame's sender runs another configuration, so its payload would be misread."""
+
+
+class RoundMismatch(WireError):
+    """The frame belongs to another round than the one under way."""
+
+
+class LengthError(WireError):
+    """The frame is shorter or longer than its header and configuration require."""
+
+
+class ChecksumError(WireError):
+    """The frame's bytes do not match its checksum."""
+
+
+class PayloadError(WireError):
+    """The frame is intact and its payload does not decode to a valid message."""
+
+
+class CheckpointError(ShoalError):
+    """A checkpoint cannot be used."""
+
+
+class CheckpointCorrupt(CheckpointError):
+    """The checkpoint file is damaged or incomplete."""
+
+
+class ResumeMismatch(CheckpointError):
+    """The checkpoint is sound and belongs to a run with other settings."""
+
+
+class ReplicaDrift(ShoalError):
+    """Copies of a state that must agree bit for bit do not."""

@@ -1,0 +1,25 @@
+"""Inner loops. `of(tensor)` is the module for the tensor's device; `reference` is the definition of every kernel.
+
+Every module has the same function names and gives the same bytes; tests iterate over `reference.__all__`.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from torch import Tensor
+
+from shoal.kernels import reference
+from shoal.kernels.draw import Draw
+
+try:
+    from shoal.kernels import cpu
+except ImportError:  # numba is a dependency, but no compiled kernel is needed for correctness
+    cpu = reference
+
+__all__ = ["Draw", "of", "reference"]
+
+
+def of(tensor: Tensor) -> ModuleType:
+    """The kernels for this tensor's device: numba on CPU, the plain reference elsewhere."""
+    return cpu if tensor.device.type == "cpu" else reference

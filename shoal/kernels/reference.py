@@ -1,0 +1,262 @@
+"""Every kernel in plain numpy: slow, obviously right, and the definition of what the others must return, bit for bit.
+
+All functions take and return torch tensors on the CPU. Rows are (m, d) float32; r are (m,) float32 scales. Floats that
+end in a message or in an iterate are summed in float64 in a fixed order, so that a row's bits never depend on the rows
+beside it, on the chunking or on the number of threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.kernels.draw import Draw
+
+__all__ = [
+    "add_rows", "decode_bits", "decode_levels", "encode_bits", "encode_levels", "gather", "halves", "maxes", "mean_bits",
+    "mean_levels", "mean_rows", "mean_sparse", "norms", "pack", "permutation", "scatter", "square_norm", "support",
+    "topk", "unpack", "words",
+]  # fmt: skip
+
+LANES = 16  # partial sums of a row: lane l takes coordinates l, l + 16, ...; the lanes are then added from 0 to 15
+TINY = np.float32(2.0**-80)  # below this scale a row is multiplied by LIFT first, so that no quotient overflows
+LIFT = np.float32(2.0**60)
+
+
+# ------------------------------------------------------------------------------------------------ random words
+def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+    """Philox4x32-10 of counters (..., 4) uint32 under a 64-bit key: (..., 4) uint32 (Salmon et al., SC'11)."""
+    c = [counter[..., i].astype(np.uint64) for i in range(4)]
+    k0, k1 = np.uint64(key[0]), np.uint64(key[1])
+    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    for _ in range(10):
+        p0, p1 = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        c = [(p1 >> shift) ^ c[1] ^ k0, p1 & low, (p0 >> shift) ^ c[3] ^ k1, p0 & low]
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+    return np.stack(c, -1).astype(np.uint32)
+
+
+def _calls(draw: Draw, count: int) -> np.ndarray:
+    """(m, count, 4) words: the calls with counters 0..count-1 of every row."""
+    slots = draw.slots.numpy().astype(np.uint32)
+    counter = np.empty((len(slots), count, 4), np.uint32)
+    counter[..., 0] = np.arange(count, dtype=np.uint32)
+    counter[..., 1] = slots[:, None]
+    counter[..., 2], counter[..., 3] = draw.index & 0xFFFFFFFF, draw.stream
+    return philox(counter, (draw.seed & 0xFFFFFFFF, draw.seed >> 32))
+
+
+def _words(draw: Draw, d: int) -> np.ndarray:
+    blocks = -(-d // 64)
+    w = _calls(draw, 16 * blocks).reshape(-1, blocks, 16, 4)  # row, block, counter in block, word
+    return np.ascontiguousarray(w.transpose(0, 1, 3, 2).reshape(-1, 64 * blocks)[:, :d])
+
+
+def words(draw: Draw, d: int) -> Tensor:
+    """(m, d) uint32. Coordinate 64 b + 16 w + l is word w of counter 16 b + l: planes of 16, to suit wide registers."""
+    return torch.from_numpy(_words(draw, d))
+
+
+def _halves(draw: Draw, d: int) -> np.ndarray:
+    blocks = -(-d // 128)
+    w = _calls(draw, 16 * blocks).reshape(-1, blocks, 16, 4)
+    h = np.stack([w & np.uint32(0xFFFF), w >> np.uint32(16)], -1).astype(np.uint16)  # row, block, counter, word, half
+    return np.ascontiguousarray(h.transpose(0, 1, 3, 4, 2).reshape(-1, 128 * blocks)[:, :d])
+
+
+def halves(draw: Draw, d: int) -> Tensor:
+    """(m, d) uint16. Coordinate 128 b + 16 h + l is half h (low before high, word by word) of counter 16 b + l."""
+    return torch.from_numpy(_halves(draw, d))
+
+
+def permutation(draw: Draw, d: int) -> Tensor:
+    """(d,) int64: Fisher-Yates from the top, j = floor(word_t (t+1) / 2^32). Each probability is off by < d / 2^32."""
+    w = _words(draw, d)[0].astype(np.uint64)
+    out = np.arange(d)
+    for t in range(d - 1, 0, -1):
+        j = int(w[t] * np.uint64(t + 1) >> np.uint64(32))
+        out[t], out[j] = out[j], out[t]
+    return torch.from_numpy(out)
+
+
+def support(draw: Draw, d: int, k: int) -> Tensor:
+    """(m, k) int64, ascending: a uniform k-subset of 0..d-1 for every row (Floyd's algorithm, word c for the c-th)."""
+    w = _words(draw, k).astype(np.uint64)
+    out = np.empty((len(w), k), np.int64)
+    for i, row in enumerate(w):
+        chosen: set[int] = set()
+        for c, t in enumerate(range(d - k, d)):
+            j = int(row[c] * np.uint64(t + 1) >> np.uint64(32))
+            chosen.add(t if j in chosen else j)
+        out[i] = sorted(chosen)
+    return torch.from_numpy(out)
+
+
+# ------------------------------------------------------------------------------------------------ sums and scales
+def _lane_sums(squares: np.ndarray) -> np.ndarray:
+    m, d = squares.shape
+    padded = np.zeros((m, -(-d // LANES) * LANES))
+    padded[:, :d] = squares
+    lanes = np.add.accumulate(padded.reshape(m, -1, LANES), axis=1)[:, -1]
+    return np.add.accumulate(lanes, axis=1)[:, -1]
+
+
+def norms(u: Tensor) -> Tensor:
+    """(m,) float32: the Euclidean norm of every row, rounded up, so that no |u_ij| exceeds it."""
+    s = np.sqrt(_lane_sums(u.numpy().astype(np.float64) ** 2))
+    with np.errstate(over="ignore"):
+        r = s.astype(np.float32)
+    return torch.from_numpy(np.where(r < s, np.nextafter(r, np.float32(np.inf)), r))
+
+
+def maxes(u: Tensor) -> Tensor:
+    """(m,) float32: max_j |u_ij|; a NaN or infinity in the row is returned as such (the largest bit pattern)."""
+    bits = u.numpy().view(np.uint32) & np.uint32(0x7FFFFFFF)
+    return torch.from_numpy(bits.max(1).view(np.float32))
+
+
+def square_norm(x: Tensor) -> float:
+    """||x||^2 of one float64 vector, in the lanes' order."""
+    return float(_lane_sums(x.numpy()[None] ** 2)[0])
+
+
+def add_rows(u: Tensor, total: Tensor) -> None:
+    """total (d,) float64 += sum_i u_i, in place, from row 0 to row m-1: chunk after chunk gives the bits of one call."""
+    for row in u.numpy():
+        total.numpy()[:] += row
+
+
+def mean_rows(u: Tensor, cohort: int) -> Tensor:
+    """(d,) float64: (1/cohort) sum_i u_i, from row 0 to row m-1."""
+    total = torch.zeros(u.shape[1], dtype=torch.float64)
+    add_rows(u, total)
+    return total / cohort
+
+
+# ------------------------------------------------------------------------------------------------ stochastic rounding
+def _cells(u: Tensor, r: Tensor, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """(floor(z), frac(z)) of z = u 2^15 steps / r: coordinates on [-r, r] in units of 2^-16 of an interval 2r / steps.
+
+    The product keeps its relative accuracy in u (no 1/2 is added in floating point), so rounding is unbiased to
+    about 2^-24 |u_j|.
+    """
+    r_ = r.numpy()
+    lift = np.where(r_ < TINY, LIFT, np.float32(1))
+    safe = np.where(r_ == 0, np.float32(1), r_ * lift)
+    s = np.where(r_ == 0, np.float32(0), np.float32(steps * 32768) / safe)
+    z = (u.numpy() * lift[:, None]) * s[:, None]
+    cell = np.floor(z)
+    return cell.astype(np.int64), z - cell
+
+
+def _below(h: np.ndarray, t: np.ndarray, tie: np.ndarray, frac: np.ndarray) -> np.ndarray:
+    """U < (t + frac) / 2^16, with U = (h + v) / 2^16 and v from the second word, which matters only where h = t."""
+    v = (tie >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
+    return (h < t) | ((h == t) & (v < frac))
+
+
+def encode_bits(
+    u: Tensor, r: Tensor, private: Draw, tie: Draw, strata: int, place: Tensor, shifts: Tensor | None
+) -> Tensor:
+    """(m, ceil(d/8)) uint8, least significant bit first: bit = [U < y], y = (u + r) / (2 r).
+
+    U_ij = (place_ij + u_ij) / strata with place_ij = (place_i + shifts_j) mod strata and u_ij private, uniform on
+    [0, 1) with 40 bits. strata = 1 is independent rounding. A row with r = 0 gives fair bits.
+    """
+    d = u.shape[1]
+    cell, frac = _cells(u, r, strata)
+    spot = place.numpy().astype(np.int64)[:, None] + (0 if shifts is None else shifts.numpy().astype(np.int64))
+    t = cell + strata * 32768 - (spot % strata) * 65536
+    bits = _below(_halves(private, d), t, _words(tie, d), frac)
+    return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little"))
+
+
+def _signs(payload: Tensor, d: int) -> np.ndarray:
+    return 2.0 * np.unpackbits(payload.numpy(), axis=1, count=d, bitorder="little") - 1.0
+
+
+def decode_bits(payload: Tensor, r: Tensor, d: int) -> Tensor:
+    """(m, d) float32: r_i where the bit is set, -r_i where not."""
+    return torch.from_numpy((_signs(payload, d) * r.numpy()[:, None]).astype(np.float32))
+
+
+def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int) -> Tensor:
+    """(d,) float64: (1/cohort) sum_i (±r_i), from row 0 to row m-1."""
+    rows = _signs(payload, d) * r.numpy()[:, None].astype(np.float64)
+    return torch.from_numpy(np.add.accumulate(rows, axis=0)[-1] / cohort)
+
+
+def encode_levels(u: Tensor, r: Tensor, private: Draw, tie: Draw, levels: int) -> Tensor:
+    """(m, ceil(d b / 8)) uint8: each coordinate rounded to a neighbor on `levels` grid points over [-r, r].
+
+    code = floor(y + U), y = (u + r) (levels - 1) / (2 r), U uniform on [0, 1); b = ceil(log2 levels) bits each.
+    """
+    d = u.shape[1]
+    cell, frac = _cells(u, r, levels - 1)
+    y = cell + (levels - 1) * 32768
+    up = _below(_halves(private, d), y & 65535, _words(tie, d), frac)
+    code = np.clip((y >> 16) + up, 0, levels - 1).astype(np.int64)
+    return pack(torch.from_numpy(code), (levels - 1).bit_length())
+
+
+def _grid(code: Tensor, r: Tensor, levels: int) -> np.ndarray:
+    return r.numpy().astype(np.float64)[:, None] * (2 * code.numpy() - (levels - 1)) / (levels - 1)
+
+
+def decode_levels(code: Tensor, r: Tensor, levels: int) -> Tensor:
+    """(m, d) float32 of (m, d) unpacked codes: r_i (2 code - (levels - 1)) / (levels - 1)."""
+    return torch.from_numpy(_grid(code, r, levels).astype(np.float32))
+
+
+def mean_levels(code: Tensor, r: Tensor, levels: int, cohort: int) -> Tensor:
+    """(d,) float64: (1/cohort) sum_i of the grid values, from row 0 to row m-1."""
+    return torch.from_numpy(np.add.accumulate(_grid(code, r, levels), axis=0)[-1] / cohort)
+
+
+# ------------------------------------------------------------------------------------------------ bit streams
+def pack(values: Tensor, bits: int) -> Tensor:
+    """(m, ceil(c bits / 8)) uint8 of (m, c) integers < 2^bits: value j takes bits j b .. j b + b - 1 of a stream that
+    starts at the least significant bit of byte 0; the last byte is filled with zeros."""
+    planes = (values.numpy()[..., None] >> np.arange(bits)) & 1
+    return torch.from_numpy(np.packbits(planes.reshape(len(values), -1).astype(np.uint8), axis=1, bitorder="little"))
+
+
+def unpack(payload: Tensor, count: int, bits: int) -> Tensor:
+    """(m, count) int64: the inverse of `pack`."""
+    planes = np.unpackbits(payload.numpy(), axis=1, count=count * bits, bitorder="little")
+    planes = planes.reshape(len(payload), count, bits).astype(np.int64)
+    return torch.from_numpy((planes << np.arange(bits)).sum(2))
+
+
+# ------------------------------------------------------------------------------------------------ sparse rows
+def gather(u: Tensor, index: Tensor, pointer: Tensor, width: int) -> Tensor:
+    """(m, width) float32: row i holds u[i, index[pointer[i]:pointer[i+1]]], then zeros."""
+    out, index_, at = np.zeros((len(u), width), np.float32), index.numpy(), pointer.tolist()
+    for i in range(len(u)):
+        out[i, : at[i + 1] - at[i]] = u.numpy()[i, index_[at[i] : at[i + 1]]]
+    return torch.from_numpy(out)
+
+
+def scatter(values: Tensor, index: Tensor, pointer: Tensor, d: int, scale: float) -> Tensor:
+    """(m, d) float32: scale times the values at their indices, zero elsewhere."""
+    out, index_, at = np.zeros((len(values), d), np.float32), index.numpy(), pointer.tolist()
+    for i in range(len(values)):
+        row = values.numpy()[i, : at[i + 1] - at[i]].astype(np.float64)
+        out[i, index_[at[i] : at[i + 1]]] = (row * scale).astype(np.float32)
+    return torch.from_numpy(out)
+
+
+def mean_sparse(values: Tensor, index: Tensor, pointer: Tensor, d: int, scale: float, cohort: int) -> Tensor:
+    """(d,) float64: (scale/cohort) sum_i of the rows, from row 0 to row m-1."""
+    out, index_, at = np.zeros(d), index.numpy(), pointer.tolist()
+    for i in range(len(values)):
+        row = values.numpy()[i, : at[i + 1] - at[i]].astype(np.float64)
+        np.add.at(out, index_[at[i] : at[i + 1]], row)
+    return torch.from_numpy(out * scale / cohort)
+
+
+def topk(u: Tensor, k: int) -> Tensor:
+    """(m, k) int64, ascending: the k coordinates of largest magnitude; ties go to the lowest index."""
+    order = np.argsort(-np.abs(u.numpy()), axis=1, kind="stable")[:, :k]
+    return torch.from_numpy(np.sort(order, axis=1))

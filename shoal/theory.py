@@ -1,0 +1,151 @@
+"""Constants of compressors and problems, the algebra between them, and the step sizes they allow.
+
+Plain floats: this file imports neither torch nor the rest of the package, so that it can be read on its own.
+One lemma stands behind every MARINA step size (proof in docs/derivations/methods.md):
+
+    if  E||g+ - grad f(x+)||^2 <= (1-p) (||g - grad f(x)||^2 + Gamma ||x+ - x||^2)  and  x+ = x - gamma g,
+    then  gamma <= 1 / (L_- + sqrt((1-p)/p Gamma))  gives  E||grad f(x^)||^2 <= 2 Delta_0 / (gamma K).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from scipy.optimize import minimize_scalar
+
+Status = Literal["exact", "bound", "estimate"]
+Evidence = Literal["proved", "numerical", "homogeneous"]
+
+
+class Constant(float):
+    """A number that says how well it is known: `exact`, a valid `bound`, or a measured `estimate`."""
+
+    status: Status
+
+    def __new__(cls, value: float, status: Status) -> Constant:
+        self = super().__new__(cls, value)
+        self.status = status
+        return self
+
+    def __getnewargs__(self) -> tuple[float, Status]:  # type: ignore[override]
+        return float(self), self.status
+
+    def __repr__(self) -> str:
+        return f"{float(self):.6g} ({self.status})"
+
+
+@dataclass(frozen=True)
+class Smoothness:
+    """What is known of f = (1/n) sum f_i. A field is None where nothing is known.
+
+    minus  L_-:  ||grad f(x) - grad f(y)|| <= L_- ||x - y||
+    plus   L_+:  (1/n) sum ||grad f_i(x) - grad f_i(y)||^2 <= L_+^2 ||x - y||^2
+    pm     L_±:  (1/n) sum ||grad f_i(x) - grad f_i(y)||^2 - ||grad f(x) - grad f(y)||^2 <= L_±^2 ||x - y||^2
+    tilde  sqrt(mean L_i^2);  max  max L_i, with L_i the Lipschitz constant of grad f_i
+    mu     PL constant: ||grad f(x)||^2 >= 2 mu (f(x) - f_*)
+    f_inf  (1/n) sum inf f_i, or a lower bound of it; None where some f_i has no lower bound
+    """
+
+    minus: Constant
+    plus: Constant
+    pm: Constant
+    tilde: Constant
+    max: Constant
+    mu: Constant | None = None
+    f_inf: Constant | None = None
+
+    def facts(self) -> dict[str, tuple[float, Status]]:
+        """The known fields as name -> (value, status): what a report prints."""
+        return {k: (float(v), v.status) for k, v in vars(self).items() if v is not None}
+
+
+@dataclass(frozen=True)
+class AB:
+    """E||(1/n) sum C_i(a_i) - abar||^2 <= a (1/n) sum ||a_i||^2 - b ||abar||^2 + c max_i ||a_i||^2.
+
+    The AB inequality of Szlendak et al. (arXiv:2110.03300), with one more term, c, for compressors whose scale is
+    shared by all clients. `evidence` is `proved`, `numerical` (survived a search) or `homogeneous` (holds only when
+    all a_i are equal). `source` names the theorem or derivation.
+    """
+
+    a: float
+    b: float
+    c: float = 0.0
+    evidence: Evidence = "proved"
+    source: str = ""
+
+    def gamma(self, L: Smoothness) -> float:
+        """Gamma = (a - b) L_+^2 + b L_±^2 + c L_max^2: the constant of the lemma for MARINA."""
+        return max(0.0, self.a - self.b) * L.plus**2 + self.b * L.pm**2 + self.c * L.max**2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that a step size may depend on, known before anything runs.
+
+    n clients, d coordinates, the smoothness constants, the budget in rounds (horizon) or in uplink bits a client, the
+    target for ||grad f||^2 where there is one, f(x^0), and whether the caller wants the step size of the PL theorem
+    (needs `smoothness.mu`).
+    """
+
+    n: int
+    d: int
+    smoothness: Smoothness
+    horizon: int | None = None
+    bits: float | None = None
+    target: float | None = None
+    f0: float | None = None
+    pl: bool = False
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """A step size with the theorem it comes from and the constants that went in."""
+
+    gamma: float
+    theorem: str
+    constants: dict[str, Any] = field(default_factory=dict)
+    proved: bool = True
+
+
+def independent(omega: float, n: int, source: str = "") -> AB:
+    """Independent unbiased compressors with E||C(a) - a||^2 <= omega ||a||^2 have A = omega / n, B = 0."""
+    return AB(omega / n, 0.0, source=source)
+
+
+def step_size(L_minus: float, Gamma: float, p: float) -> float:
+    """The lemma: 1 / (L_- + sqrt((1-p)/p Gamma)), for general nonconvex f."""
+    return 1.0 / (L_minus + math.sqrt((1.0 - p) / p * Gamma))
+
+
+def step_size_pl(L_minus: float, Gamma: float, p: float, mu: float) -> float:
+    """min{1 / (L_- + sqrt(2(1-p)/p Gamma)), p / (2 mu)}: E f(x^K) - f_* <= (1 - gamma mu)^K Delta_0 under PL."""
+    return min(1.0 / (L_minus + math.sqrt(2.0 * (1.0 - p) / p * Gamma)), p / (2.0 * mu))
+
+
+def predicted_bits(p: float, full_bits: float, code_bits: float, L_minus: float, Gamma: float) -> float:
+    """Bits a client a round over the step size: proportional to the bits to any epsilon. Full gradients w.p. p."""
+    return (p * full_bits + (1.0 - p) * code_bits) / step_size(L_minus, Gamma, p)
+
+
+def best_p(full_bits: float, code_bits: float, L_minus: float, Gamma: float, pl: bool = False) -> float:
+    """The p in [code_bits / (10 full_bits), 1] with the fewest predicted bits; one-dimensional, bounded, on log p.
+
+    The floor keeps p away from 0 where Gamma = 0 and any p is as good: there full gradients cost at most a tenth of
+    the compressed messages. Under PL the step size holds 2 Gamma in place of Gamma.
+    """
+    floor = min(1.0, code_bits / (10.0 * full_bits))
+    if code_bits >= full_bits or floor >= 1.0:
+        return 1.0
+    bits = lambda t: predicted_bits(math.exp(t), full_bits, code_bits, L_minus, (2 if pl else 1) * Gamma)  # noqa: E731
+    low = math.log(floor)
+    inner = minimize_scalar(bits, bounds=(low, 0.0), method="bounded", options={"xatol": 1e-6})
+    return math.exp(min((low, float(inner.x), 0.0), key=bits))
+
+
+def ef21_constants(alpha: float) -> tuple[float, float]:
+    """(theta, beta) of EF21: theta = 1 - sqrt(1-alpha), beta = (1-alpha) / (1 - sqrt(1-alpha))."""
+    root = math.sqrt(1.0 - alpha)
+    return 1.0 - root, (1.0 - alpha) / (1.0 - root)
