@@ -1,0 +1,82 @@
+"""PermK: each client sends its own block of one shared random permutation of the coordinates.
+
+Szlendak, Tyurin, Richtarik, "Permutation Compressors for Provably Faster Distributed Nonconvex Optimization", 2021,
+arXiv:2110.03300. The constants for n > d where d does not divide n are ours: docs/derivations/compressors.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal import kernels
+from shoal.core import Compressor, Messages, Rows, Round, Vector, as_bytes, as_floats, checked_rows
+from shoal.theory import AB
+
+
+@dataclass(frozen=True)
+class PermK(Compressor):
+    """d >= n: the coordinates are cut into n shuffled blocks, lengths differing by at most one, and C_i(u) = n u on
+    client i's block. d < n: each client sends one coordinate, C_i(u) = d u_j e_j, and every coordinate is sent by
+    floor(n/d) or ceil(n/d) clients.
+
+    Wire: the block's values in the permutation's order, float32; the permutation is derived from the round.
+    32 d/n bits (floor or ceiling), or 32.
+
+    References: arXiv:2110.03300.
+    """
+
+    def ab(self, n: int, d: int) -> AB:
+        """A = B = 1 for d >= n, with equality: identical inputs are aggregated without error.
+
+        For d < n, n = q d + r: A = (d - t)/n, B = 1 - t, t = d q (d (q-1) + 2 r) / (n (n-1)), with equality;
+        r = 0 gives A = B = (d-1)/(n-1).
+        """
+        if n == 1:
+            return AB(0.0, 0.0, source="PermK with n = 1 is the identity")
+        if d >= n:
+            return AB(1.0, 1.0, source="PermK, d >= n: A = B = 1 (arXiv:2110.03300)")
+        q, r = divmod(n, d)
+        t = d * q * (d * (q - 1) + 2 * r) / (n * (n - 1))
+        return AB((d - t) / n, 1.0 - t, source="PermK, d < n (docs/derivations/compressors.md)")
+
+    def capacity(self, n: int, d: int) -> int:
+        """4 ceil(d/n) bytes, or 4."""
+        return 4 * max(1, -(-d // n))
+
+    def _index(self, slots: Tensor, d: int, rnd: Round) -> tuple[Tensor, Tensor, int]:
+        """The coordinates of these slots: (index, pointer, scale), row i's being index[pointer[i]:pointer[i+1]]."""
+        n = rnd.cohort
+        order = rnd.permutation(d, "PermK.coordinates").numpy()
+        # The block goes to a shuffled owner: with n not dividing d the blocks differ in length, and a fixed owner
+        # would make C_0 biased. See docs/derivations/compressors.md.
+        owner = rnd.permutation(n, "PermK.owners").numpy()[slots.numpy()]
+        if d < n:
+            return torch.from_numpy(order[owner % d]), torch.arange(len(slots) + 1), d
+        short, longer = divmod(d, n)
+        start, length = owner * short + np.minimum(owner, longer), short + (owner < longer)
+        pointer = np.concatenate([[0], np.cumsum(length)])
+        spread = np.arange(pointer[-1]) + np.repeat(start - pointer[:-1], length)
+        return torch.from_numpy(order[spread]), torch.from_numpy(pointer), n
+
+    def encode(self, u: Rows, rnd: Round) -> Messages:
+        d = u.shape[1]
+        u = checked_rows(u, rnd, gain=min(rnd.cohort, d))
+        index, pointer, _ = self._index(rnd.slots, d, rnd)
+        values = kernels.of(u).gather(u, index, pointer, self.capacity(rnd.cohort, d) // 4)
+        return Messages.of(as_bytes(values), rnd, d, 4 * pointer.diff())
+
+    def decode(self, msgs: Messages, rnd: Round) -> Rows:
+        values, index, pointer, scale = self._read(msgs, rnd)
+        return kernels.of(values).scatter(values, index, pointer, msgs.d, scale)
+
+    def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
+        values, index, pointer, scale = self._read(msgs, rnd)
+        return kernels.of(values).mean_sparse(values, index, pointer, msgs.d, scale, rnd.cohort).float()
+
+    def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor, Tensor, int]:
+        index, pointer, scale = self._index(msgs.slots, msgs.d, rnd)
+        return as_floats(msgs.checked(4 * pointer.diff())), index, pointer, scale

@@ -1,0 +1,139 @@
+"""RandK and TopK: k of d coordinates, as they are.
+
+RandK: see Gorbunov et al., "MARINA: Faster Non-Convex Distributed Learning with Compression", 2021, arXiv:2102.07845.
+TopK: see Richtarik, Sokolov, Fatkhullin, "EF21", 2021, arXiv:2106.05203.
+Constants are derived in docs/derivations/compressors.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shoal import kernels, rng
+from shoal.core import Compressor, Messages, Rows, Round, Unbiased, Vector, as_bytes, as_floats, checked_rows
+from shoal.errors import ConfigError, PayloadError
+
+
+def checked_k(k: int | float, name: str) -> None:
+    """Raise ConfigError unless k is a count >= 1 or a fraction in (0, 1)."""
+    whole = isinstance(k, int) and not isinstance(k, bool) and k >= 1
+    if not whole and not (isinstance(k, float) and 0.0 < k < 1.0):
+        raise ConfigError(f"{name}(k={k!r}): k is a number of coordinates (an integer >= 1) or a fraction in (0, 1).")
+
+
+def kept(k: int | float, d: int, name: str) -> int:
+    """The number of coordinates that k stands for at this d. Raises ConfigError if k > d."""
+    if k > d:
+        raise ConfigError(f"{name}(k={k}) on d={d} coordinates: k must be in 1..{d}, or a fraction such as {name}(0.1).")
+    return k if isinstance(k, int) else max(1, round(k * d))
+
+
+def uniform_pointer(m: int, k: int) -> Tensor:
+    """(m + 1,) int64: rows of k entries each."""
+    return torch.arange(m + 1) * k
+
+
+@dataclass(frozen=True)
+class RandK(Unbiased):
+    """C_i(u) = (d/k) u_S: S a uniform k-subset of the coordinates, independent for each client.
+
+    k is a count or a fraction of d. Wire: the k values in ascending order of their coordinates, float32; the subset is
+    derived from the round and the slot, so it costs nothing. 32 k bits.
+
+    References: arXiv:2102.07845.
+    """
+
+    k: int | float
+
+    def __post_init__(self) -> None:
+        checked_k(self.k, "RandK")
+
+    def check(self, n: int, d: int) -> None:
+        kept(self.k, d, "RandK")
+
+    def omega(self, d: int) -> float:
+        """omega = d/k - 1, with equality for every u."""
+        return d / kept(self.k, d, "RandK") - 1.0
+
+    def capacity(self, n: int, d: int) -> int:
+        """4 k bytes, always all used."""
+        return 4 * kept(self.k, d, "RandK")
+
+    def _index(self, slots: Tensor, d: int, rnd: Round) -> Tensor:
+        return rng.support(rnd.draw("RandK.support", slots), d, kept(self.k, d, "RandK"))
+
+    def encode(self, u: Rows, rnd: Round) -> Messages:
+        d = u.shape[1]
+        u = checked_rows(u, rnd, gain=d / kept(self.k, d, "RandK"))
+        index = self._index(rnd.slots, d, rnd)
+        m, k = index.shape
+        values = kernels.of(u).gather(u, index.reshape(-1), uniform_pointer(m, k), k)
+        return Messages.of(as_bytes(values), rnd, d)
+
+    def decode(self, msgs: Messages, rnd: Round) -> Rows:
+        values, index, pointer, scale = self._read(msgs, rnd)
+        return kernels.of(values).scatter(values, index, pointer, msgs.d, scale)
+
+    def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
+        values, index, pointer, scale = self._read(msgs, rnd)
+        return kernels.of(values).mean_sparse(values, index, pointer, msgs.d, scale, rnd.cohort).float()
+
+    def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor, Tensor, float]:
+        values = as_floats(msgs.checked(self.capacity(rnd.n, msgs.d)))
+        index = self._index(msgs.slots, msgs.d, rnd)
+        m, k = index.shape
+        return values, index.reshape(-1), uniform_pointer(m, k), msgs.d / k
+
+
+@dataclass(frozen=True)
+class TopK(Compressor):
+    """C(u): the k coordinates of largest magnitude, the others zero; ties go to the lowest index. Biased.
+
+    k is a count or a fraction of d. Wire: the k values in ascending order of their coordinates, float32, then their
+    indices in ceil(log2 d) bits each. 32 k + 8 ceil(k ceil(log2 d) / 8) bits.
+
+    References: arXiv:2106.05203.
+    """
+
+    k: int | float
+
+    def __post_init__(self) -> None:
+        checked_k(self.k, "TopK")
+
+    def check(self, n: int, d: int) -> None:
+        kept(self.k, d, "TopK")
+
+    def alpha(self, d: int) -> float:
+        """alpha = k/d: what is kept is at least the average; tight at u = (1, ..., 1)."""
+        return kept(self.k, d, "TopK") / d
+
+    def capacity(self, n: int, d: int) -> int:
+        """4 k + ceil(k ceil(log2 d) / 8) bytes, always all used."""
+        k = kept(self.k, d, "TopK")
+        return 4 * k + (k * (d - 1).bit_length() + 7) // 8
+
+    def encode(self, u: Rows, rnd: Round) -> Messages:
+        u, d = checked_rows(u, rnd), u.shape[1]
+        k, ops = kept(self.k, d, "TopK"), kernels.of(u)
+        index = ops.topk(u, k)
+        values = ops.gather(u, index.reshape(-1), uniform_pointer(len(u), k), k)
+        return Messages.of(torch.cat([as_bytes(values), ops.pack(index, (d - 1).bit_length())], 1), rnd, d)
+
+    def decode(self, msgs: Messages, rnd: Round) -> Rows:
+        values, index, pointer = self._read(msgs, rnd)
+        return kernels.of(values).scatter(values, index, pointer, msgs.d, 1.0)
+
+    def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
+        values, index, pointer = self._read(msgs, rnd)
+        return kernels.of(values).mean_sparse(values, index, pointer, msgs.d, 1.0, rnd.cohort).float()
+
+    def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor, Tensor]:
+        d, k = msgs.d, kept(self.k, msgs.d, "TopK")
+        payload = msgs.checked(self.capacity(rnd.n, d))
+        index = kernels.of(payload).unpack(payload[:, 4 * k :].contiguous(), k, (d - 1).bit_length())
+        if bool((index >= d).any()) or bool((index[:, 1:] <= index[:, :-1]).any()):
+            raise PayloadError(f"TopK(k={k}): indices must ascend within 0..{d - 1}.")
+        return as_floats(payload[:, : 4 * k]), index.reshape(-1), uniform_pointer(len(payload), k)
