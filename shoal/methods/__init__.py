@@ -1,0 +1,9 @@
+"""Methods. A name in `__all__` is what the command line knows."""
+
+from shoal.methods.dcgd import DCGD
+from shoal.methods.diana import Diana
+from shoal.methods.ef21 import EF21
+from shoal.methods.gd import GD
+from shoal.methods.marina import Marina
+
+__all__ = ["DCGD", "EF21", "GD", "Diana", "Marina"]

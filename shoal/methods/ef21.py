@@ -1,0 +1,65 @@
+"""EF21: error feedback for contractive compressors; the clients' gradient estimates are moved by what they send.
+
+Richtarik, Sokolov, Fatkhullin, "EF21: A New, Simpler, Theoretically Better, and Practically Faster Error Feedback",
+2021, arXiv:2106.05203. Step sizes with L_+ in place of the paper's larger L~: docs/derivations/methods.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from shoal.core import Compressor, Gradient, Messages, Method, Round, Rows, Vector, require
+from shoal.theory import Setting, StepSize, ef21_constants
+
+
+class Server(NamedTuple):
+    g: Vector  # the mean of the clients' estimates
+
+
+class Worker(NamedTuple):
+    g: Rows  # the clients' estimates, g_i^0 = 0
+
+
+@dataclass(frozen=True)
+class EF21(Method):
+    """g_i += C(grad f_i(x) - g_i); g = (1/n) sum g_i. Up |C| bits a round, never a dense message."""
+
+    compressor: Compressor
+
+    def __post_init__(self) -> None:
+        require(self.compressor, "alpha", "EF21", "Use Marina or Diana for an unbiased compressor.")
+
+    def check(self, n: int, d: int) -> None:
+        self.compressor.check(n, d)
+
+    def step_size(self, setting: Setting) -> StepSize:
+        """gamma = 1 / (L_- + L_+ sqrt(beta/theta)); PL: min{1 / (L_- + L_+ sqrt(2 beta/theta)), theta/(2 mu)}."""
+        s = setting.smoothness
+        alpha = self.compressor.alpha(setting.d)  # type: ignore[attr-defined]
+        theta, beta = ef21_constants(alpha)
+        used = {"alpha": alpha, "theta": theta, "beta": beta, "L_minus": s.minus, "L_plus": s.plus}
+        if setting.pl and s.mu is not None:
+            gamma = min(1.0 / (s.minus + s.plus * math.sqrt(2.0 * beta / theta)), theta / (2.0 * s.mu))
+            return StepSize(gamma, "EF21 under PL (docs/derivations/methods.md)", used | {"mu": s.mu})
+        gamma = 1.0 / (s.minus + s.plus * math.sqrt(beta / theta))
+        return StepSize(gamma, "EF21, Theorem 1 with L_+ (docs/derivations/methods.md)", used)
+
+    def init(self, x0: Vector, rnd: Round) -> tuple[Server, Worker]:
+        return Server(torch.zeros_like(x0)), Worker(x0.new_zeros(len(rnd.clients), len(x0)))
+
+    def code(self, rnd: Round) -> Compressor:
+        return self.compressor
+
+    def up(self, worker: Worker, down: Messages, grad: Gradient, rnd: Round) -> tuple[Rows, Worker]:
+        return grad(self.model(down, rnd), rnd) - worker.g, worker
+
+    def commit(self, worker: Worker, sent: Messages, rnd: Round) -> Worker:
+        return Worker(worker.g + self.compressor.decode(sent, rnd))
+
+    def estimate(self, server: Server, up: Messages, rnd: Round) -> tuple[Vector, Server]:
+        g = server.g + self.compressor.aggregate(up, rnd)
+        return g, Server(g)

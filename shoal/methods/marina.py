@@ -1,0 +1,91 @@
+"""MARINA: compressed gradient differences, and now and then, on a shared coin, everyone's full gradient.
+
+Gorbunov, Burlachenko, Li, Richtarik, "MARINA: Faster Non-Convex Distributed Learning with Compression", 2021,
+arXiv:2102.07845; with the AB inequality: Szlendak, Tyurin, Richtarik, 2021, arXiv:2110.03300; with correlated
+quantization: Panferov et al., 2024, arXiv:2401.05518. Proof of the step sizes: docs/derivations/methods.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from shoal.core import DENSE, Compressor, Gradient, Messages, Method, Round, Rows, Vector, require
+from shoal.errors import ConfigError
+from shoal.theory import AB, Setting, StepSize, best_p, step_size, step_size_pl
+
+
+class Server(NamedTuple):
+    g: Vector
+
+
+class Worker(NamedTuple):
+    grad: Rows  # grad f_i at the point of the round before
+
+
+@dataclass(frozen=True)
+class Marina(Method):
+    """With probability p (and in round 0): g = mean grad f_i(x); else g += (1/n) sum C_i(grad f_i(x) - grad f_i(x-)).
+
+    p=None is resolved before the run to the p with the fewest predicted bits. Up 32 d bits on heads, |C| on tails.
+    """
+
+    compressor: Compressor
+    p: float | None = None
+
+    def __post_init__(self) -> None:
+        mend = "Use EF21 for a biased compressor, or RandK, PermK, Correlated here."
+        require(self.compressor, "ab", "Marina", mend)
+        if self.p is not None and not 0.0 < self.p <= 1.0:
+            raise ConfigError(f"Marina(p={self.p!r}): the probability of a full round is in (0, 1].")
+
+    def check(self, n: int, d: int) -> None:
+        self.compressor.check(n, d)
+
+    def _constants(self, setting: Setting) -> tuple[AB, float]:
+        ab = self.compressor.ab(setting.n, setting.d)  # type: ignore[attr-defined]
+        if ab.evidence == "homogeneous" and setting.smoothness.pm > 0:
+            raise ConfigError(
+                f"{self.compressor!r} states an AB inequality for equal inputs only ({ab.source}), and L_± = "
+                f"{setting.smoothness.pm!r} > 0: Marina needs one that holds for all inputs."
+            )
+        return ab, ab.gamma(setting.smoothness)
+
+    def resolved(self, setting: Setting) -> Marina:
+        if self.p is not None:
+            return self
+        n, d = setting.n, setting.d
+        code = 8.0 * self.compressor.capacity(n, d) + (32.0 if self.compressor.agrees else 0.0)
+        pl = setting.pl and setting.smoothness.mu is not None
+        return replace(self, p=best_p(32.0 * d, code, setting.smoothness.minus, self._constants(setting)[1], pl))
+
+    def step_size(self, setting: Setting) -> StepSize:
+        """gamma = 1 / (L_- + sqrt((1-p)/p Gamma)), Gamma = (a-b) L_+^2 + b L_±^2 + c L_max^2;
+        PL: min{1 / (L_- + sqrt(2 (1-p)/p Gamma)), p/(2 mu)}."""
+        (ab, Gamma), s, p = self._constants(setting), setting.smoothness, self.resolved(setting).p
+        used = {"a": ab.a, "b": ab.b, "c": ab.c, "evidence": ab.evidence, "source": ab.source, "Gamma": Gamma, "p": p}
+        used |= {"L_minus": s.minus, "L_plus": s.plus, "L_pm": s.pm, "L_max": s.max}
+        if setting.pl and s.mu is not None:
+            gamma, theorem = step_size_pl(s.minus, Gamma, p, s.mu), "MARINA under PL, AB inequality"
+            return StepSize(gamma, theorem + " (docs/derivations/methods.md)", used | {"mu": s.mu})
+        return StepSize(step_size(s.minus, Gamma, p), "MARINA, AB inequality (docs/derivations/methods.md)", used)
+
+    def init(self, x0: Vector, rnd: Round) -> tuple[Server, Worker]:
+        return Server(torch.zeros_like(x0)), Worker(x0.new_zeros(len(rnd.clients), len(x0)))
+
+    def _full(self, rnd: Round) -> bool:
+        return rnd.index == 0 or rnd.coin(self.p, "Marina.coin")
+
+    def code(self, rnd: Round) -> Compressor:
+        return DENSE if self._full(rnd) else self.compressor
+
+    def up(self, worker: Worker, down: Messages, grad: Gradient, rnd: Round) -> tuple[Rows, Worker]:
+        new = grad(self.model(down, rnd), rnd)
+        return (new if self._full(rnd) else new - worker.grad), Worker(new)
+
+    def estimate(self, server: Server, up: Messages, rnd: Round) -> tuple[Vector, Server]:
+        mean = self.code(rnd).aggregate(up, rnd)
+        g = mean if self._full(rnd) else server.g + mean
+        return g, Server(g)
