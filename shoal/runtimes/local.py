@@ -1,0 +1,47 @@
+"""The simulator: every client and the server in this process. Both directions are the identity; bytes are counted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shoal.core import Messages, Meter, Round, Rows
+from shoal.wire import HEADER
+
+SCALAR = 4  # an agreement costs one float32 up and one down a client
+
+
+class Local:
+    """The channel of a process that hosts all n clients."""
+
+    serves = True
+
+    def __init__(self, n: int, meter: Meter | None = None) -> None:
+        self.n, self.clients, self.meter = n, torch.arange(n), meter or Meter()
+
+    def scatter(self, down: Messages | None, rnd: Round) -> Messages:
+        """One row, heard by all n clients."""
+        assert down is not None
+        size = int(down.nbytes[0])
+        self.meter.down += size * self.n
+        self.meter.down_framed += (size + HEADER) * self.n
+        return down
+
+    def gather(self, up: Messages, width: int, rnd: Round) -> Messages:
+        """All rows are here already."""
+        total = int(up.nbytes.sum())
+        self.meter.up += total
+        self.meter.up_framed += total + HEADER * len(up.nbytes)
+        return up
+
+    def agree(self, values: Tensor, rnd: Round) -> float:
+        """The maximum. 32 bits up and 32 down a client, and as many frames."""
+        self.meter.up += SCALAR * rnd.cohort
+        self.meter.down += SCALAR * rnd.cohort
+        self.meter.up_framed += (SCALAR + HEADER) * rnd.cohort
+        self.meter.down_framed += (SCALAR + HEADER) * rnd.cohort
+        return float(values.max())
+
+    def collect(self, values: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
+        """All rows are here already."""
+        return values, rows

@@ -1,0 +1,92 @@
+"""torch.distributed: each rank hosts its share of the clients and runs the server's half too.
+
+Nothing goes down (each rank has x); the uplink is one all-gather of frames, checked after arrival, so that every rank
+aggregates the same n rows in slot order and ends at the simulator's bits. Sums never go through all_reduce, whose
+order of summation is its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shoal import rng
+from shoal.core import Messages, Meter, Round, Rows
+from shoal.errors import ConfigError
+from shoal.runtimes.local import Local
+from shoal.wire import UP, Stamp, frame, unframe
+
+TIMEOUT = timedelta(seconds=60)  # gloo's own default is 30 minutes
+
+
+class Replicated(Local):
+    """The channel of one rank among `dist.get_world_size()`, which hosts a contiguous share of the n clients.
+
+    The meter counts the method's payload as the simulator does, and beside it `moved`: what this rank really sent.
+    """
+
+    def __init__(self, n: int, digest: bytes, meter: Meter | None = None) -> None:
+        super().__init__(n, meter)
+        world, self.rank = dist.get_world_size(), dist.get_rank()
+        if world > n:
+            raise ConfigError(f"{world} ranks for n={n} clients: a rank hosts at least one; start at most {n} ranks.")
+        self.shares = torch.arange(n).tensor_split(world)
+        self.clients, self.digest = self.shares[self.rank], digest
+
+    def _all(self, mine: Tensor) -> Tensor:
+        """Every rank's rows, in rank order. Shares differ by at most one row: the shorter are padded with zeros."""
+        most = len(self.shares[0])
+        padded = torch.zeros((most, *mine.shape[1:]), dtype=mine.dtype)
+        padded[: len(mine)] = mine
+        out = [torch.empty_like(padded) for _ in self.shares]
+        dist.all_gather(out, padded)
+        self.meter.moved += padded.numel() * padded.element_size() * (len(self.shares) - 1)
+        return torch.cat([rows[: len(share)] for rows, share in zip(out, self.shares, strict=True)])
+
+    def gather(self, up: Messages, width: int, rnd: Round) -> Messages:
+        """One all-gather of frames, padded to the code's capacity."""
+        stamp = Stamp(rng.LAYOUT, UP, rnd.index, rnd.cohort, up.d, self.digest)
+        payload, nbytes, slots = unframe(self._all(frame(up.payload, up.nbytes, up.slots, stamp, width)), stamp)
+        return super().gather(Messages(payload.contiguous(), nbytes, slots, up.d), width, rnd)
+
+    def agree(self, values: Tensor, rnd: Round) -> float:
+        """The maximum over all clients: exact, whatever the order."""
+        return super().agree(self._all(values), rnd)
+
+    def collect(self, values: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
+        """For measuring: not counted as moved either."""
+        moved = self.meter.moved
+        out = self._all(values), self._all(rows)
+        self.meter.moved = moved
+        return out
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is a rank that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
+
+
+@contextmanager
+def connected(n: int, digest: bytes) -> Iterator[Replicated]:
+    """The channel over a gloo group of torchrun's ranks, destroyed at the end."""
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        yield Replicated(n, digest)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(ranks: int, arguments: list[str]) -> int:
+    """Run `shoal` with these arguments in `ranks` processes on this machine under torchrun; the exit status."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run([*torchrun, "-m", "shoal", *arguments], env=os.environ | quiet, check=False).returncode

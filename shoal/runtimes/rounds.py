@@ -1,0 +1,164 @@
+"""The one driver: a generator of rounds, the same in every runtime.
+
+    server half              channel                  workers' half (rows of the m clients hosted here)
+    x --down()--> Messages --scatter--> up() -> u (m, d) -> [prepare -> agree] -> encode -> commit()
+    x <--descent-- g <--estimate()-- Messages (n rows, slot order) <------gather------ Messages (m rows)
+
+Clients are taken in chunks so that temporaries stay small. A scale that all clients share is agreed on before any
+chunk is encoded: this is why a worker's half is `up` (what to send) and `commit` (what the sent message changes), with
+the encoding between them the driver's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any, get_type_hints
+
+import torch
+
+from shoal import kernels
+from shoal.core import Channel, Descent, Event, Messages, Method, Problem, Round, Rows, State, Vector
+
+TEMPORARY = 2**22  # coordinates of a chunk of clients: 16 MiB a float32 temporary
+REMEMBERED = 2**24  # coordinates of gradients kept between measuring a point and using it: 64 MiB
+
+
+def chunks(m: int, d: int, chunk: int | None = None) -> list[slice]:
+    """Slices of the hosted rows, at most `chunk` clients each (default: what keeps a temporary at 16 MiB)."""
+    size = chunk or max(1, TEMPORARY // d)
+    return [slice(lo, min(lo + size, m)) for lo in range(0, m, size)]
+
+
+class Watch:
+    """Measures f and grad f, and hands the very rows it computed to the round that follows at the same point."""
+
+    def __init__(self, problem: Problem, channel: Channel, chunk: int | None) -> None:
+        self.problem, self.channel = problem, channel
+        self.parts = chunks(len(channel.clients), problem.d, chunk)
+        self._x: Vector | None = None
+        self._rows: Rows | None = None
+
+    def evaluate(self, x: Vector) -> tuple[float, float]:
+        """(f(x), ||(1/n) sum grad f_i(x)||^2) over all n clients, added in id order in float64."""
+        ids, n, ops = self.channel.clients, self.channel.n, kernels.of(x)
+        total = torch.zeros(len(x) + 1, dtype=torch.float64)  # the gradient's sum, then the values'
+        keep = self.problem.full_batch and len(ids) * len(x) <= REMEMBERED
+        held = []
+        for part in self.parts:
+            values, rows = self.problem.evaluate(x, ids[part])
+            if keep or len(ids) < n:
+                held.append((values, rows))
+            if len(ids) == n:  # streamed: nothing of size n d is ever held
+                ops.add_rows(rows, total[:-1])
+                ops.add_rows(values[:, None], total[-1:])
+        if keep:
+            self._x, self._rows = x, torch.cat([rows for _, rows in held]) if len(held) > 1 else held[0][1]
+        if len(ids) < n:
+            values, rows = self.channel.collect(torch.cat([v for v, _ in held]), torch.cat([r for _, r in held]))
+            ops.add_rows(rows, total[:-1])
+            ops.add_rows(values[:, None], total[-1:])
+        total /= n
+        return float(total[-1]), ops.square_norm(total[:-1])
+
+    def grad(self, x: Vector, rnd: Round) -> Rows:
+        """The method's view of the gradients: remembered rows where they are the same thing, else computed."""
+        if self._rows is not None and self._x is not None and torch.equal(x, self._x):
+            at = int(torch.searchsorted(self.channel.clients, rnd.clients[:1]))
+            if torch.equal(self.channel.clients[at : at + len(rnd.clients)], rnd.clients):
+                return self._rows[at : at + len(rnd.clients)]
+        return self.problem.grad(x, rnd)
+
+
+@cache
+def _row_fields(kind: type) -> frozenset[str]:
+    """The fields of a state that hold one row a hosted client."""
+    return frozenset(name for name, hint in get_type_hints(kind, include_extras=True).items() if hint == Rows)
+
+
+def take(state: Any, part: slice) -> Any:
+    """The state of some of the hosted clients: a slice of every `Rows` field."""
+    if state == ():
+        return state
+    return type(state)(*(v[part] if f in _row_fields(type(state)) else v for f, v in zip(state._fields, state, strict=True)))
+
+
+def put(state: Any, part: slice, new: Any) -> Any:
+    """The state with these clients' rows replaced: the new one itself if they are all, else written in place."""
+    if state == ():
+        return new
+    fields = []
+    for name, old, value in zip(state._fields, state, new, strict=True):
+        if name in _row_fields(type(state)) and part != slice(0, len(old)):
+            old[part] = value
+            value = old
+        fields.append(value)
+    return type(state)(*fields)
+
+
+def _uplink(
+    method: Method, workers: Any, down: Messages, watch: Watch, channel: Channel, rnd: Round
+) -> tuple[Messages, Any, Round]:
+    """Every hosted client's message and new state, and the round with what was agreed in it."""
+    code, parts, d = method.code(rnd), watch.parts, watch.problem.d
+    width = code.capacity(rnd.cohort, d)
+    whole: Messages | None = None
+
+    def send(u: Rows, part: slice, rnd: Round) -> None:
+        nonlocal whole, workers
+        sent = code.encode(u, rnd.rows(part))
+        workers = put(workers, part, method.commit(take(workers, part), sent, rnd.rows(part)))
+        if len(parts) == 1:
+            whole = sent
+            return
+        if whole is None:
+            whole = Messages(torch.zeros(len(rnd.slots), width, dtype=torch.uint8), rnd.slots.clone(), rnd.slots, d)
+        whole.payload[part, : sent.payload.shape[1]] = sent.payload
+        whole.nbytes[part] = sent.nbytes
+
+    held = []
+    for part in parts:
+        u, new = method.up(take(workers, part), down, watch.grad, rnd.rows(part))
+        workers = put(workers, part, new)
+        if code.agrees:
+            held.append((u, part))
+        else:
+            send(u, part, rnd)
+    if code.agrees:
+        scalars = torch.cat([code.prepare(u, rnd.rows(part)) for u, part in held])
+        rnd = replace(rnd, agreed=channel.agree(scalars, rnd))
+        for u, part in held:
+            send(u, part, rnd)
+    assert whole is not None
+    return whole, workers, rnd
+
+
+def rounds(
+    method: Method,
+    descent: Descent,
+    problem: Problem,
+    channel: Channel,
+    seed: int,
+    state: State | None = None,
+    chunk: int | None = None,
+) -> Iterator[Event]:
+    """Yields x^0 (or the resumed state), x^1, ...; the caller stops when it has seen enough.
+
+    The bits do not depend on `chunk`, on the channel, or on where a run was resumed. Raises NonFiniteError when a
+    client's vector cannot be compressed; no state has changed then.
+    """
+    watch, n = Watch(problem, channel, chunk), channel.n
+    if state is None:
+        x = problem.start()
+        server, workers = method.init(x, Round.full(0, seed, n, channel.clients))
+        state = State(0, x, server, workers, descent.init(x))
+    while True:
+        yield Event(replace(state, meter=replace(channel.meter)), watch.evaluate)
+        rnd = Round.full(state.index, seed, n, channel.clients)
+        down, server = method.down(state.server, state.x, rnd) if channel.serves else (None, state.server)
+        sent, workers, rnd = _uplink(method, state.workers, channel.scatter(down, rnd), watch, channel, rnd)
+        up = channel.gather(sent, method.code(rnd).capacity(n, problem.d), rnd)
+        g, server = method.estimate(server, up, rnd)
+        x, memory = descent.step(state.x, g, state.descent)
+        state = State(state.index + 1, x, server, workers, memory)
