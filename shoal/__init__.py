@@ -1,0 +1,23 @@
+"""shoal: distributed nonconvex optimization over slow links.
+
+n clients minimize f(x) = (1/n) sum f_i(x) and send compressed messages. `shoal.simulate` runs a method on a problem;
+`shoal.core` is where to start reading.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from shoal.compressors import QSGD, Correlated, Dense, Independent, PermK, RandK, TopK
+from shoal.errors import ShoalError
+from shoal.experiments.run import Run, simulate
+from shoal.methods import DCGD, EF21, GD, Diana, Marina
+from shoal.problems import Classification, Quadratics
+
+try:
+    __version__ = version("shoal")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "DCGD", "EF21", "GD", "QSGD", "Classification", "Correlated", "Dense", "Diana", "Independent", "Marina", "PermK",
+    "Quadratics", "RandK", "Run", "ShoalError", "TopK", "simulate",
+]  # fmt: skip

@@ -1,0 +1,1 @@
+"""Runs and races: from a config to a folder of results."""

@@ -1,0 +1,119 @@
+"""Expressions such as "Marina(Correlated(scale='own'), p=0.1)": parsed, never evaluated as code.
+
+A name must be a known class; arguments are literals or further such expressions. `compact` is the way back.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal import compressors, methods, problems
+from shoal.core import Compressor, Method, Problem
+from shoal.errors import ConfigError
+
+
+def known_names(files: Iterable[str] = ()) -> dict[str, type]:
+    """The library's compressors, methods and problems, and those of the user's files (which are run: trusted code)."""
+    names: dict[str, type] = {}
+    for module in (compressors, methods, problems):
+        names |= {name: getattr(module, name) for name in module.__all__ if isinstance(getattr(module, name), type)}
+    for file in files:
+        names |= _load(file)
+    return names
+
+
+def _load(file: str) -> dict[str, type]:
+    path = Path(file).expanduser()
+    if path.suffix != ".py" or not path.is_file():
+        raise ConfigError(f"--with {file}: not a Python file.")
+    name = f"shoal_with_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    module = sys.modules.get(name)
+    if module is None:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise ConfigError(f"--with {file}: it does not run: {type(error).__name__}: {error}") from error
+    kinds = (Compressor, Method, Problem)
+    found = {k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, kinds) and v.__module__ == name}
+    if not found:
+        raise ConfigError(f"--with {file}: it defines no Compressor, Method or Problem.")
+    return found
+
+
+def parse(text: str, names: dict[str, type], kind: type) -> Any:
+    """The object that an expression describes. Raises ConfigError, in one line, for anything else."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ConfigError(f"{text!r} is not an expression such as 'Marina(RandK(10), p=0.1)': {error}.") from None
+    made = _build(tree, names, text)
+    if not isinstance(made, kind):
+        raise ConfigError(f"{text!r} is a {type(made).__name__}, not a {kind.__name__.lower()}{_mend(made, kind)}.")
+    return made
+
+
+def _mend(made: Any, kind: type) -> str:
+    return f"; wrap it, e.g. 'Marina({compact(made)})'" if kind is Method and hasattr(made, "ab") else ""
+
+
+def _build(node: ast.expr, names: dict[str, type], text: str) -> Any:
+    if isinstance(node, ast.Name):
+        return _call(node.id, [], {}, names, text)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        if any(k.arg is None for k in node.keywords):
+            raise ConfigError(f"{text!r}: ** is not allowed in an expression.")
+        positional = [_argument(a, names, text) for a in node.args]
+        keywords = {str(k.arg): _argument(k.value, names, text) for k in node.keywords}
+        return _call(node.func.id, positional, keywords, names, text)
+    raise ConfigError(f"{text!r}: only names, calls of names and literals are allowed, as in 'Marina(RandK(10))'.")
+
+
+def _argument(node: ast.expr, names: dict[str, type], text: str) -> Any:
+    if isinstance(node, ast.Name | ast.Call):
+        return _build(node, names, text)
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        raise ConfigError(f"{text!r}: {ast.unparse(node)!r} is neither a literal nor a known name.") from None
+
+
+def _call(name: str, args: list[Any], kwargs: dict[str, Any], names: dict[str, type], text: str) -> Any:
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5) or [
+            known for known in names if known.lower() == name.lower()
+        ]
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{text!r}: unknown name {name!r}.{hint} `shoal list` shows all names.")
+    try:
+        return names[name](*args, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"{text!r}: {error}.") from None
+
+
+def compact(value: Any) -> str:
+    """The shortest expression that gives an equal object: defaults are left out."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return repr(value)
+    shown = []
+    for f in fields(value):
+        if not f.init or not f.repr:
+            continue
+        current = getattr(value, f.name)
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        if default is MISSING:
+            shown.append(compact(current))
+        elif current != default:
+            shown.append(f"{f.name}={compact(current)}")
+    return f"{type(value).__name__}({', '.join(shown)})"
