@@ -212,7 +212,9 @@ Gradient = Callable[[Vector, Round], Rows]  # pure: a minibatch is drawn from th
 
 
 class Dense(Compressor):
-    """The identity on the wire: d little-endian float32, omega = 0, alpha = 1, A = B = 0.
+    """Everything, uncompressed: d little-endian float32.
+
+    omega = 0, alpha = 1, A = B = 0 (docs/derivations/compressors.md).
 
     It lives here, not in `shoal.compressors` (which exports it), because it is what every method sends down and what
     MARINA sends on heads.

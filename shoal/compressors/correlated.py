@@ -23,7 +23,9 @@ from shoal.theory import AB
 
 @dataclass(frozen=True)
 class Correlated(Compressor):
-    """CQ: u_ij becomes r_i if U_ij < (u_ij + r_i) / (2 r_i), else -r_i, with U_ij = (place_ij + v_ij) / n, v_ij private
+    """CQ: one bit a coordinate, with rounding errors that cancel where clients agree.
+
+    u_ij becomes r_i if U_ij < (u_ij + r_i) / (2 r_i), else -r_i, with U_ij = (place_ij + v_ij) / n, v_ij private
     and uniform on [0, 1), place_ij = (pi(i) + s_j) mod n for one shared permutation pi of the cohort a round and one
     shared shift s_j a coordinate. Over the n clients, the U_ij hit every stratum [s/n, (s+1)/n) once.
 

@@ -43,7 +43,9 @@ def independent_bits(u: Rows, r: Tensor, rnd: Round, name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Independent(Unbiased):
-    """IQ: each coordinate becomes r or -r, P(r) = (u_j + r) / (2 r), r = ||u||_2, independently.
+    """IQ: one bit a coordinate, each client rounding on its own.
+
+    Each coordinate becomes r or -r, P(r) = (u_j + r) / (2 r), r = ||u||_2, independently.
 
     Wire: r as float32 (rounded up), then one bit a coordinate. 32 + 8 ceil(d/8) bits.
 
@@ -74,7 +76,9 @@ class Independent(Unbiased):
 
 @dataclass(frozen=True)
 class QSGD(Unbiased):
-    """u_j becomes r sign(u_j) xi_j / s, r = ||u||_2, xi_j one of the two integers around s |u_j| / r, unbiased.
+    """Stochastic rounding onto 2 s + 1 levels, each client on its own.
+
+    u_j becomes r sign(u_j) xi_j / s, r = ||u||_2, xi_j one of the two integers around s |u_j| / r, unbiased.
 
     levels is the paper's s >= 1: the grid has 2 s + 1 points, zero among them.
     Wire: r as float32 (rounded up), then s + sign(u_j) xi_j in ceil(log2(2 s + 1)) bits a coordinate.

@@ -19,7 +19,9 @@ from shoal.theory import AB
 
 @dataclass(frozen=True)
 class PermK(Compressor):
-    """d >= n: the coordinates are cut into n shuffled blocks, lengths differing by at most one, and C_i(u) = n u on
+    """Each client sends its own block of one shared random permutation: no error where clients agree.
+
+    d >= n: the coordinates are cut into n shuffled blocks, lengths differing by at most one, and C_i(u) = n u on
     client i's block. d < n: each client sends one coordinate, C_i(u) = d u_j e_j, and every coordinate is sent by
     floor(n/d) or ceil(n/d) clients.
 

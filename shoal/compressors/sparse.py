@@ -38,7 +38,9 @@ def uniform_pointer(m: int, k: int) -> Tensor:
 
 @dataclass(frozen=True)
 class RandK(Unbiased):
-    """C_i(u) = (d/k) u_S: S a uniform k-subset of the coordinates, independent for each client.
+    """k random coordinates of each client, scaled up to be unbiased.
+
+    C_i(u) = (d/k) u_S: S a uniform k-subset of the coordinates, independent for each client.
 
     k is a count or a fraction of d. Wire: the k values in ascending order of their coordinates, float32; the subset is
     derived from the round and the slot, so it costs nothing. 32 k bits.
@@ -90,7 +92,9 @@ class RandK(Unbiased):
 
 @dataclass(frozen=True)
 class TopK(Compressor):
-    """C(u): the k coordinates of largest magnitude, the others zero; ties go to the lowest index. Biased.
+    """The k coordinates of largest magnitude; biased.
+
+    C(u) is u there and zero elsewhere; ties go to the lowest index.
 
     k is a count or a fraction of d. Wire: the k values in ascending order of their coordinates, float32, then their
     indices in ceil(log2 d) bits each. 32 k + 8 ceil(k ceil(log2 d) / 8) bits.

@@ -81,7 +81,7 @@ class Folder:
         self.path, self.digest = path, digest(config).hex()
         self.rows: list[Row] = []
         self.state: dict[str, np.ndarray] | None = None
-        self._saved = time.monotonic()
+        self._saved = self._flushed = time.monotonic()
         if resume and (path / "config.json").exists():
             self._reopen(config)
         else:
@@ -137,9 +137,12 @@ class Folder:
         self._metrics.write(json.dumps(row._asdict()) + "\n")
 
     def record(self, row: Row) -> None:
-        """Append a row; it is on disk after the next line buffer, and for sure at a checkpoint."""
+        """Append a row; it can be read from the file within a second."""
         self.rows.append(row)
         self._write(row)
+        if time.monotonic() - self._flushed > 1.0:
+            self._metrics.flush()
+            self._flushed = time.monotonic()
 
     @property
     def due(self) -> bool:

@@ -184,13 +184,13 @@ def execute(
     rows: list[Row] = list(folder.rows) if folder else []
     before, began = rows[-1].seconds if rows else 0.0, time.perf_counter()
     state = None
-    if folder is not None:
+    if folder is not None and folder.state is not None:
         x = problem.start()
         server, workers = method.init(x, Round.full(0, seed, channel.n, channel.clients))
         state = folder.restore(State(0, x, server, workers, descent.init(x)))
         if state is not None:
             channel.meter = state.meter
-    interrupts = Interrupts()
+    interrupts, hosts_all = Interrupts(), len(channel.clients) == channel.n
     with interrupts.held():
         events = rounds(method, descent, problem, channel, seed, state, chunk)
         while True:
@@ -218,7 +218,7 @@ def execute(
                 return rows, state, "target", ""
             if last:
                 return rows, state, "rounds" if limit is not None and k >= limit else "bits", ""
-            if folder is not None and (folder.due or interrupts.asked is not None):
+            if folder is not None and (folder.due or interrupts.asked is not None) and hosts_all:
                 folder.checkpoint(state)
             if interrupts.asked is not None:
                 if folder is not None:
@@ -242,13 +242,17 @@ def simulate(
     out: str | Path | None = None,
     resume: bool = False,
     record: Callable[[Row], None] | None = None,
+    channel: Channel | None = None,
+    facts: dict[str, Any] | None = None,
 ) -> Run:
     """Simulate a method on a problem, all n clients in this process.
 
     rounds, bits (uplink payload bits a client): the budget, at least one of them; target: stop at ||grad f||^2 <= target.
     step: "theory" or a number; multiple: times that. pl: the PL theorem's step size. every: measure every so many
     rounds. chunk: clients at a time (default: what keeps temporaries at 16 MiB). out: a run folder, checkpointed every
-    five seconds and on Ctrl-C; resume=True goes on from there and ends at the identical iterate.
+    five seconds and on Ctrl-C; resume=True goes on from there and ends at the identical iterate. record: called with
+    each row. channel: where messages go (default: `Local`); a run over ranks is resumed by replaying it from round 0.
+    facts: stored in config.json beside the run's own settings.
     Raises ConfigError before anything runs if the parts do not fit together.
 
         >>> import shoal
@@ -268,10 +272,15 @@ def simulate(
     folder = None
     if out is not None:
         config = {"problem": {"name": problem.name, "n": problem.n, "d": problem.d, "repr": repr(problem)}, "method": label}
-        config |= {"seed": seed, **budget, "step": {"gamma": gamma, "multiple": multiple}, "every": every}
-        folder = Folder(Path(out), config, resume)
+        rule = "theory" if step == "theory" else "given"
+        config |= {"seed": seed, **budget, "step": {"rule": rule, "gamma": gamma, "multiple": multiple}, "every": every}
+        known = {"smoothness": {k: list(v) for k, v in problem.smoothness().facts().items()}, "title": label}
+        folder = Folder(Path(out), config, resume, known | (facts or {}))
+    channel = channel or Local(problem.n)
+    if len(channel.clients) < problem.n:
+        problem = problem.only(channel.clients)
     rows, state, stopped, note = execute(
-        problem, ready, descent, Local(problem.n), seed=seed, limit=rounds, bits=bits, target=target, every=every,
+        problem, ready, descent, channel, seed=seed, limit=rounds, bits=bits, target=target, every=every,
         chunk=chunk, folder=folder, record=record,
     )  # fmt: skip
     run = Run(label, ready, theory, gamma, rows, state.x, stopped, note, target)

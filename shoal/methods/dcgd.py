@@ -16,10 +16,14 @@ from shoal.theory import Setting, StepSize
 
 @dataclass(frozen=True)
 class DCGD(Method):
-    """g = (1/n) sum C_i(grad f_i(x)). Up |C| bits a round.
+    """Compressed gradients, no memory; settles in a neighborhood.
+
+    g = (1/n) sum C_i(grad f_i(x)). Up |C| bits a round.
 
     With an unbiased C it reaches a neighborhood whose size shrinks with the step. A biased C (TopK) is admitted as a
     baseline that may diverge.
+
+    References: arXiv:2002.03329.
     """
 
     compressor: Compressor

@@ -27,9 +27,13 @@ class Worker(NamedTuple):
 
 @dataclass(frozen=True)
 class Diana(Method):
-    """m_i = Q_i(grad f_i(x) - h_i); g = h + mean m_i; h_i += shift m_i; h += shift mean m_i. Up |Q| bits a round.
+    """Compressed differences to shifts that learn the gradients.
+
+    m_i = Q_i(grad f_i(x) - h_i); g = h + mean m_i; h_i += shift m_i; h += shift mean m_i. Up |Q| bits a round.
 
     `shift` in (0, 1/(1+omega)] is the paper's alpha (default: 1/(1+omega)).
+
+    References: arXiv:1901.09269.
     """
 
     compressor: Compressor

@@ -26,7 +26,12 @@ class Worker(NamedTuple):
 
 @dataclass(frozen=True)
 class EF21(Method):
-    """g_i += C(grad f_i(x) - g_i); g = (1/n) sum g_i. Up |C| bits a round, never a dense message."""
+    """Error feedback for biased compressors.
+
+    g_i += C(grad f_i(x) - g_i); g = (1/n) sum g_i. Up |C| bits a round, never a dense message.
+
+    References: arXiv:2106.05203.
+    """
 
     compressor: Compressor
 

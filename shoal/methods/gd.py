@@ -11,7 +11,12 @@ from shoal.theory import Setting, StepSize
 
 @dataclass(frozen=True)
 class GD(Method):
-    """g = (1/n) sum grad f_i(x). Up 32 d bits, down 32 d bits a round."""
+    """Gradient descent: the yardstick.
+
+    g = (1/n) sum grad f_i(x). Up 32 d bits, down 32 d bits a round.
+
+    References: textbook; docs/derivations/methods.md.
+    """
 
     def step_size(self, setting: Setting) -> StepSize:
         """gamma = 1/L_-: min ||grad f||^2 <= 2 L_- Delta_0 / K, and (1 - mu/L_-)^K under PL. Textbook."""

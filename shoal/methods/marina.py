@@ -27,9 +27,13 @@ class Worker(NamedTuple):
 
 @dataclass(frozen=True)
 class Marina(Method):
-    """With probability p (and in round 0): g = mean grad f_i(x); else g += (1/n) sum C_i(grad f_i(x) - grad f_i(x-)).
+    """Compressed gradient differences, now and then a full gradient.
+
+    With probability p (and in round 0): g = mean grad f_i(x); else g += (1/n) sum C_i(grad f_i(x) - grad f_i(x-)).
 
     p=None is resolved before the run to the p with the fewest predicted bits. Up 32 d bits on heads, |C| on tails.
+
+    References: arXiv:2102.07845, arXiv:2110.03300, arXiv:2401.05518.
     """
 
     compressor: Compressor

@@ -1,0 +1,283 @@
+"""A race: methods x step rules x seeds on one problem, over processes, resumable, every run in its own folder.
+
+Tuning: the multiples 2^LOW..2^HIGH of the theory's step size are tried on the first seed, smallest first; once the
+target has been reached, a later try is stopped when it has spent as many uplink bits as the best so far. The multiple
+with the fewest bits to the target wins, ties go to the smaller; where none reaches the target, the smallest final
+||grad f||^2 wins. The winner then runs on every seed. All tries are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty
+from typing import Any, NamedTuple
+
+import torch
+
+from shoal.core import Method, Problem, Row
+from shoal.errors import ConfigError, ResumeMismatch
+from shoal.experiments.expressions import compact, known_names, parse
+from shoal.experiments.folder import machine, make_folder, versions, write_json
+from shoal.experiments.run import Run, load_result, prepare, simulate
+from shoal.experiments.spec import RaceSpec
+from shoal.problems import measured_pm
+
+UNPROVED = (-8, 4)  # exponents tried where no theorem gives a step size: multiples of 1/L_-
+TRAJECTORY = 40  # rounds of gradient descent along which L_± is measured
+
+
+class News(NamedTuple):
+    """What a running job says: which job, which run of it, how far, and where."""
+
+    job: str
+    what: str
+    fraction: float
+    grad_norm_sq: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What tuning needs to know of a finished run."""
+
+    reached: bool
+    bits: float
+    grad_norm_sq: float
+
+
+# ------------------------------------------------------------------------------------------------ in a worker
+_told: Any = None  # the queue of News, set in each worker
+_stop: Any = None  # an event: set when the race is interrupted
+
+
+def _begin_worker(told: Any, stop: Any) -> None:
+    global _told, _stop
+    _told, _stop = told, stop
+    torch.set_num_threads(1)  # the processes share the cores already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # while idle; a run installs its own handler
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)  # the race was killed: nobody will ask for our results
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def slug(index: int, label: str) -> str:
+    """A folder's name for a method."""
+    return f"{index:02d}-" + re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")[:60]
+
+
+class Job:
+    """All runs of one method under one step rule, in order; a finished run is read, not run again."""
+
+    def __init__(self, spec: RaceSpec, index: int, rule: str, out: Path) -> None:
+        self.spec, self.rule, self.out = spec, rule, out
+        self.problem = spec.problem.build(spec.files)
+        self.method: Method = parse(spec.methods[index], known_names(spec.files), Method)
+        self.label, self.slug = compact(self.method), slug(index, compact(self.method))
+        self.name = f"{self.label} · {rule}"
+        self._said = 0.0
+
+    def run(self) -> str:
+        """The name of the job, when all its runs are done."""
+        if self.rule == "theory":
+            for k, seed in enumerate(self.spec.seeds):
+                self._one(1.0, seed, False, self.spec.bits, k / len(self.spec.seeds), 1 / len(self.spec.seeds))
+        else:
+            best = self._tune()
+            for k, seed in enumerate(self.spec.seeds):
+                self._one(best, seed, False, self.spec.bits, 0.6 + 0.4 * k / len(self.spec.seeds), 0.4 / len(self.spec.seeds))
+        return self.name
+
+    def _tune(self) -> float:
+        low, high = self.spec.tune if self._proved() else UNPROVED
+        exponents = range(low, high + 1)
+        tried: dict[float, Outcome] = {}
+        for k, exponent in enumerate(exponents):
+            cap = min((o.bits for o in tried.values() if o.reached), default=None)
+            budget = cap if self.spec.bits is None else self.spec.bits if cap is None else min(cap, self.spec.bits)
+            share = 0.6 / len(exponents)
+            tried[2.0**exponent] = self._one(2.0**exponent, self.spec.seeds[0], True, budget, k * share, share)
+        return min(tried, key=lambda m: (not tried[m].reached, tried[m].bits if tried[m].reached else tried[m].grad_norm_sq, m))
+
+    def _proved(self) -> bool:
+        s = self.spec
+        return prepare(
+            self.problem, self.method, rounds=s.rounds, bits=s.bits, target=s.target, step="theory", multiple=1.0,
+            pl=s.pl, need_proof=False,
+        )[1].proved  # fmt: skip
+
+    def _one(self, multiple: float, seed: int, trial: bool, bits: float | None, at: float, share: float) -> Outcome:
+        what = f"x{multiple:g}" if self.rule == "tuned" else "theory"
+        folder = self.out / "runs" / f"{self.slug}__{self.rule}-{'try-' if trial else ''}{what}__s{seed}"
+        done = load_result(folder)
+        if done is not None:
+            norm = done["grad_norm_sq"]
+            return Outcome(done["stopped"] == "target", done["up_bits"], norm if norm == norm else float("inf"))
+        s = self.spec
+        budget = max(s.rounds or 1, 1)
+
+        def tell(row: Row) -> None:
+            if _stop is not None and _stop.is_set():
+                signal.raise_signal(signal.SIGINT)
+            if _told is not None and time.monotonic() - self._said > 0.2:
+                self._said = time.monotonic()
+                spent = max(row.round / budget if s.rounds else 0.0, row.up_bits / bits if bits else 0.0)
+                _told.put(News(self.name, f"{'try ' if trial else ''}{what}, seed {seed}", at + share * min(spent, 1.0), row.grad_norm_sq))
+
+        place = {"label": self.label, "step": self.rule, "multiple": multiple, "seed": seed, "trial": trial}
+        # Where no theorem applies, tuning multiplies 1/L_- by hand: `step` must then be a number.
+        step: Any = "theory"
+        if not self._proved():
+            step = 1.0 / float(self.problem.smoothness().minus)
+        run: Run = simulate(
+            self.problem, self.method, rounds=s.rounds, bits=bits, target=s.target, seed=seed, step=step,
+            multiple=multiple, pl=s.pl, every=s.every, out=folder, resume=True, record=tell, facts={"race": place},
+        )  # fmt: skip
+        last = run.rows[-1]
+        norm = last.grad_norm_sq if last.grad_norm_sq == last.grad_norm_sq else float("inf")
+        return Outcome(run.stopped == "target", last.up_bits, norm)
+
+
+def _work(spec_json: str, index: int, rule: str, out: str) -> str:
+    return Job(RaceSpec.model_validate_json(spec_json), index, rule, Path(out)).run()
+
+
+# ------------------------------------------------------------------------------------------------ the race
+def check(spec: RaceSpec) -> tuple[Problem, dict[str, str]]:
+    """The problem, and for each method without a theorem the reason. Raises ConfigError before anything is written."""
+    problem, names, reasons = spec.problem.build(spec.files), known_names(spec.files), {}
+    labels = []
+    for text in spec.methods:
+        method = parse(text, names, Method)
+        labels.append(compact(method))
+        budget = {"rounds": spec.rounds, "bits": spec.bits, "target": spec.target}
+        theory = prepare(problem, method, step="theory", multiple=1.0, pl=spec.pl, need_proof=False, **budget)[1]  # type: ignore[arg-type]
+        if not theory.proved:
+            reasons[labels[-1]] = theory.theorem
+    if len(set(labels)) < len(labels):
+        raise ConfigError(f"methods: {', '.join(labels)}: each at most once.")
+    if len(reasons) == len(labels) and "tuned" not in spec.steps:
+        raise ConfigError(f"no method here has a step size from theory ({next(iter(reasons.values()))}); add --steps tuned.")
+    return problem, reasons
+
+
+def warm_up(problem: Problem, spec: RaceSpec) -> None:
+    """Two rounds of every method: whatever must be compiled is compiled here, once, for all workers."""
+    names = known_names(spec.files)
+    for text in spec.methods:
+        method = parse(text, names, Method)
+        step = 1e-3 / float(problem.smoothness().minus)
+        simulate(problem, method, rounds=2, bits=None, target=spec.target, seed=0, step=step)
+
+
+def _trajectory_pm(problem: Problem) -> tuple[float, str]:
+    """L_± measured between the points of a short run of gradient descent: an estimate, beside the bound."""
+    gamma, ids = 1.0 / float(problem.smoothness().minus), torch.arange(problem.n)
+    points = [problem.start()]
+    for _ in range(TRAJECTORY):
+        points.append(points[-1] - gamma * problem.evaluate(points[-1], ids)[1].mean(0))
+    return float(measured_pm(problem, points)), "estimate"
+
+
+def race(
+    spec: RaceSpec,
+    out: Path,
+    command: str,
+    resume: bool = False,
+    workers: int | None = None,
+    on_news: Callable[[News], None] = lambda news: None,
+    on_job: Callable[[str, float], None] = lambda job, fraction: None,
+    on_step: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Run the race into `out` and return it; KeyboardInterrupt leaves a folder that resume=True can finish.
+
+    on_news hears running jobs, on_job (name, 0 at the start and 1 at the end) each job, on_step what else takes time.
+    """
+    problem, reasons = check(spec)
+    stored = json.loads(spec.model_dump_json())
+    facts = _facts(spec, problem, reasons, command)
+    if resume and (out / "race.json").exists():
+        held = json.loads((out / "race.json").read_text())
+        if held.get("spec") != stored:
+            raise ResumeMismatch(f"{out} holds another race; resume it with: shoal race --resume {out}")
+        facts["command"] = held.get("command", command)
+    else:
+        make_folder(out)
+    write_json(out / "race.json", {**facts, "status": "running"})
+    try:
+        on_step("compiling kernels (kept for the next time) and measuring L_±")
+        warm_up(problem, spec)
+        facts["measured_pm"] = _trajectory_pm(problem)
+        write_json(out / "race.json", {**facts, "status": "running"})
+        _run_jobs(spec, out, reasons, workers, on_news, on_job)
+    except KeyboardInterrupt:
+        write_json(out / "race.json", {**facts, "status": "interrupted"})
+        raise
+    write_json(out / "race.json", {**facts, "status": "done"})
+    return out
+
+
+def _facts(spec: RaceSpec, problem: Problem, reasons: dict[str, str], command: str) -> dict[str, Any]:
+    """What race.json says beside the status."""
+    described = {k: v for k, v in spec.problem.model_dump().items() if v is not None} | {"n": problem.n, "d": problem.d}
+    described["description"] = repr(problem)
+    names = known_names(spec.files)
+    return {
+        "format": 1, "kind": "race", "title": spec.title, "problem": described,
+        "methods": [compact(parse(text, names, Method)) for text in spec.methods],
+        "steps": list(spec.steps), "seeds": list(spec.seeds), "rounds": spec.rounds, "bits": spec.bits,
+        "target": spec.target, "tune": list(spec.tune), "tune_unproved": list(UNPROVED), "no_theorem": reasons,
+        "smoothness": {k: list(v) for k, v in problem.smoothness().facts().items()}, "command": command,
+        "versions": versions(), "machine": machine(), "spec": json.loads(spec.model_dump_json()),
+    }  # fmt: skip
+
+
+def _run_jobs(
+    spec: RaceSpec,
+    out: Path,
+    reasons: dict[str, str],
+    workers: int | None,
+    on_news: Callable[[News], None],
+    on_job: Callable[[str, float], None],
+) -> None:
+    names = known_names(spec.files)
+    labels = [compact(parse(text, names, Method)) for text in spec.methods]
+    wanted = [(i, r) for r in spec.steps for i in range(len(labels)) if r == "tuned" or labels[i] not in reasons]
+    context = multiprocessing.get_context("spawn")
+    told, stop = context.Queue(), context.Event()
+    count = min(workers or os.cpu_count() or 1, len(wanted))
+    pool = ProcessPoolExecutor(count, context, _begin_worker, (told, stop))
+    try:
+        waiting: dict[Future[str], str] = {}
+        for index, rule in wanted:
+            job = f"{labels[index]} · {rule}"
+            waiting[pool.submit(_work, spec.model_dump_json(), index, rule, str(out))] = job
+            on_job(job, 0.0)
+        while waiting:
+            finished, _ = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
+            while True:
+                try:
+                    on_news(told.get_nowait())
+                except Empty:
+                    break
+            for future in finished:
+                on_job(waiting.pop(future), 1.0)
+                future.result()
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
