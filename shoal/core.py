@@ -57,7 +57,9 @@ class Round:
 
     def draw(self, stream: str, slots: Tensor | None = None) -> kernels.Draw:
         """The named stream of the given slots (default: the hosted rows', private)."""
-        return kernels.Draw(self.slots if slots is None else slots, self.index, rng.stream_id(self.prefix + stream), self.seed)
+        return kernels.Draw(
+            self.slots if slots is None else slots, self.index, rng.stream_id(self.prefix + stream), self.seed
+        )
 
     def shared(self, stream: str) -> kernels.Draw:
         """The named stream that all clients and the server derive alike."""
@@ -112,7 +114,9 @@ class Messages:
         wide = self.payload.shape[1]
         expected = torch.as_tensor(lengths).expand(len(self.nbytes))
         if not torch.equal(self.nbytes, expected) or (len(expected) and wide < int(expected.max())):
-            raise LengthError(f"rows of {self.nbytes.tolist()[:4]} bytes in {wide}; the code says {expected.tolist()[:4]}.")
+            raise LengthError(
+                f"rows of {self.nbytes.tolist()[:4]} bytes in {wide}; the code says {expected.tolist()[:4]}."
+            )
         return self.payload[:, : int(expected.max())] if len(expected) else self.payload
 
 
@@ -137,7 +141,7 @@ def checked_rows(u: Rows, rnd: Round, gain: float = 1.0) -> Rows:
     """
     if u.ndim != 2 or u.dtype != torch.float32 or u.shape[0] != len(rnd.slots) or u.shape[1] == 0:
         raise ConfigError(
-            f"compressing {tuple(u.shape)} {u.dtype} for {len(rnd.slots)} clients: rows must be (m, d) float32 with d >= 1."
+            f"compressing {tuple(u.shape)} {u.dtype} for {len(rnd.slots)} clients: rows are (m, d) float32 with d >= 1."
         )
     u = u.detach().contiguous()
     top = kernels.of(u).maxes(u)
@@ -154,7 +158,8 @@ class Compressor(ABC):
     """The joint law of C_1..C_n and its wire format. Stateless: memory belongs to methods.
 
     Beside these, a compressor states its constants, each with its theorem, as far as it has them:
-    `omega(d)`: E C(u) = u, E||C(u) - u||^2 <= omega ||u||^2;  `alpha(d)`: E||C(u) - u||^2 <= (1 - alpha) ||u||^2;
+    `omega(d)`: E C(u) = u, E||C(u) - u||^2 <= omega ||u||^2, errors of different clients uncorrelated or negatively
+    correlated (DIANA's theorem needs that);  `alpha(d)`: E||C(u) - u||^2 <= (1 - alpha) ||u||^2;
     `ab(n, d)`: the AB inequality of the n compressors together.
     """
 
@@ -203,8 +208,22 @@ def require(compressor: Compressor, constant: str, method: str, mend: str) -> No
     if not hasattr(compressor, constant):
         has = [c for c in ("omega", "alpha", "ab") if hasattr(compressor, c)]
         raise ConfigError(
-            f"{method} needs a compressor with {constant}; {compressor!r} has {' and '.join(has) or 'no constant'}. {mend}"
+            f"{method} needs a compressor with {constant}; {compressor!r} has {' and '.join(has) or 'none'}. {mend}"
         )
+
+
+def ab_for_all_inputs(compressor: Compressor, setting: Setting) -> AB:
+    """The compressor's AB inequality (the best of those that hold) for these smoothness constants.
+
+    Raises ConfigError where it is stated for equal inputs only and the problem's clients differ.
+    """
+    ab: AB = compressor.ab(setting.n, setting.d)  # type: ignore[attr-defined]
+    if ab.evidence == "homogeneous" and setting.smoothness.pm > 0:
+        raise ConfigError(
+            f"{compressor!r} states an AB inequality for equal inputs only ({ab.source}), and here L_± = "
+            f"{setting.smoothness.pm!r} > 0: take a compressor whose inequality holds for all inputs."
+        )
+    return ab.best(setting.smoothness)
 
 
 # ------------------------------------------------------------------------------------------------ methods

@@ -75,10 +75,16 @@ class AB:
     c: float = 0.0
     evidence: Evidence = "proved"
     source: str = ""
+    other: AB | None = None  # a second inequality that holds as well
 
     def gamma(self, L: Smoothness) -> float:
         """Gamma = (a - b) L_+^2 + b L_±^2 + c L_max^2: the constant of the lemma for MARINA."""
         return max(0.0, self.a - self.b) * L.plus**2 + self.b * L.pm**2 + self.c * L.max**2
+
+    def best(self, L: Smoothness) -> AB:
+        """Of the inequalities that hold, the one with the smallest Gamma."""
+        rest = self.other.best(L) if self.other is not None else self
+        return rest if rest.gamma(L) < self.gamma(L) else self
 
 
 @dataclass(frozen=True)
@@ -125,24 +131,29 @@ def step_size_pl(L_minus: float, Gamma: float, p: float, mu: float) -> float:
     return min(1.0 / (L_minus + math.sqrt(2.0 * (1.0 - p) / p * Gamma)), p / (2.0 * mu))
 
 
-def predicted_bits(p: float, full_bits: float, code_bits: float, L_minus: float, Gamma: float) -> float:
-    """Bits a client a round over the step size: proportional to the bits to any epsilon. Full gradients w.p. p."""
-    return (p * full_bits + (1.0 - p) * code_bits) / step_size(L_minus, Gamma, p)
+def best_p(full_bits: float, code_bits: float, L_minus: float, Gamma: float, mu: float | None = None) -> float:
+    """The p in [code_bits / (10 full_bits), 1] with the fewest predicted bits to any accuracy.
 
-
-def best_p(full_bits: float, code_bits: float, L_minus: float, Gamma: float, pl: bool = False) -> float:
-    """The p in [code_bits / (10 full_bits), 1] with the fewest predicted bits; one-dimensional, bounded, on log p.
-
-    The floor keeps p away from 0 where Gamma = 0 and any p is as good: there full gradients cost at most a tenth of
-    the compressed messages. Under PL the step size holds 2 Gamma in place of Gamma.
+    Those are (p full_bits + (1-p) code_bits) / gamma(p), with the lemma's step size (under PL: the one of `mu`), up to
+    a factor that does not depend on p. The floor keeps p away from 0 where Gamma = 0 and any p is as good: there full
+    gradients cost at most a tenth of the compressed messages. One-dimensional, bounded, on log p.
     """
     floor = min(1.0, code_bits / (10.0 * full_bits))
-    if code_bits >= full_bits or floor >= 1.0:
+    if code_bits >= full_bits:
         return 1.0
-    bits = lambda t: predicted_bits(math.exp(t), full_bits, code_bits, L_minus, (2 if pl else 1) * Gamma)  # noqa: E731
-    low = math.log(floor)
-    inner = minimize_scalar(bits, bounds=(low, 0.0), method="bounded", options={"xatol": 1e-6})
-    return math.exp(min((low, float(inner.x), 0.0), key=bits))
+
+    def bits(log_p: float) -> float:
+        p = math.exp(log_p)
+        gamma = step_size(L_minus, Gamma, p) if mu is None else step_size_pl(L_minus, Gamma, p, mu)
+        return (p * full_bits + (1.0 - p) * code_bits) / gamma
+
+    # Under PL the objective has a corner, where the cap p / (2 mu) sets in: a grid finds the dip, a search its floor.
+    low, points = math.log(floor), 256
+    grid = [low * (1.0 - k / points) for k in range(points + 1)]
+    k = min(range(points + 1), key=lambda k: bits(grid[k]))
+    near = (grid[max(k - 1, 0)], grid[min(k + 1, points)])
+    inner = minimize_scalar(bits, bounds=near, method="bounded", options={"xatol": 1e-9})
+    return math.exp(min((grid[k], float(inner.x)), key=bits))
 
 
 def ef21_constants(alpha: float) -> tuple[float, float]:

@@ -7,6 +7,7 @@ the exact error and the O(1) shared randomness are ours: docs/derivations/correl
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from shoal import kernels, rng
 from shoal.compressors.dither import checked_scale, read_scale
-from shoal.core import Compressor, Messages, Rows, Round, Vector, as_bytes, checked_rows
+from shoal.core import Compressor, Messages, Round, Rows, Vector, as_bytes, checked_rows
 from shoal.errors import ConfigError
 from shoal.theory import AB
 
@@ -54,20 +55,33 @@ class Correlated(Compressor):
     def omega(self, d: int) -> float:
         """omega = d - 1 for an own scale (equality for l2). A shared scale has no omega: raises ConfigError."""
         if self.scale == "shared":
-            raise ConfigError("Correlated(scale='shared') has no omega: its error depends on the largest client. Use it "
-                              "in Marina, or take Correlated(scale='own').")  # fmt: skip
+            raise ConfigError(
+                "Correlated(scale='shared') has no omega: its error depends on the largest client. Use it in Marina, "
+                "or take Correlated(scale='own')."
+            )
         return d - 1.0
 
     def ab(self, n: int, d: int) -> AB:
-        """shared: a = b = 1, c = d/n^2 (our theorem, every L_±). own, max: A = (d-1)/n, B = 0, never worse than
-        independent rounding; with numerical=True a - b = d/n^2, b = max(d/n, 1/2), which survived search only."""
+        """shared: a = b = 1, c = d/n^2; for even n also a = lam, b = 1, c = d/(lam n^2), lam = sqrt(d)/n > 1.
+
+        own: A = (d-1)/n, B = 0 (never worse than independent rounding), and a - b = d/n^2, b = 1 + (d-1)/(n-1).
+        max: A = (d-1)/n, B = 0. With numerical=True, own and max: a - b = d/n^2, b = max(d/n, 1/2), not proved.
+        All for every L_±; the shared and the own inequalities are our theorems (docs/derivations/correlated.md).
+        """
         source = "docs/derivations/correlated.md"
         if self.scale == "shared":
-            return AB(1.0, 1.0, d / n**2, source=f"shared scale, d R^2/n^2 + V ({source})")
+            lam = math.sqrt(d) / n
+            even = n % 2 == 0 and lam > 1.0
+            other = AB(lam, 1.0, d / (lam * n**2), source=f"shared scale, even n ({source})") if even else None
+            return AB(1.0, 1.0, d / n**2, source=f"shared scale: d R^2/n^2 + V ({source})", other=other)
         if self.numerical:
             b = max(d / n, 0.5)
             return AB(d / n**2 + b, b, evidence="numerical", source=f"own scales, searched, not proved ({source})")
-        return AB((d - 1.0) / n, 0.0, source=f"never worse than independent rounding ({source})")
+        other = None
+        if self.scale == "own" and n > 1:
+            b = 1.0 + (d - 1.0) / (n - 1.0)
+            other = AB(d / n**2 + b, b, source=f"own l2 scales ({source})")
+        return AB((d - 1.0) / n, 0.0, source=f"never worse than independent rounding ({source})", other=other)
 
     def capacity(self, n: int, d: int) -> int:
         """ceil(d/8) bytes, and 4 for an own scale; always all used."""

@@ -2,8 +2,8 @@
 
 QSGD: Alistarh, Grubic, Li, Tomioka, Vojnovic, "QSGD: Communication-Efficient SGD via Gradient Quantization and
 Encoding", 2016, arXiv:1610.02132. Independent: the IQ of Panferov, Demidovich, Rammal, Richtarik, "Correlated
-Quantization for Faster Nonconvex Distributed Optimization", 2024, arXiv:2401.05518, with the constant d - 1 in place
-of the d/4 that belongs to three levels (docs/derivations/compressors.md).
+Quantization for Faster Nonconvex Distributed Optimization", 2024, arXiv:2401.05518. Its constant is d - 1; the d/4 of
+public implementations belongs to three levels (docs/derivations/compressors.md).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shoal import kernels
-from shoal.core import Messages, Rows, Round, Unbiased, Vector, as_bytes, as_floats, checked_rows
+from shoal.core import Messages, Round, Rows, Unbiased, Vector, as_bytes, as_floats, checked_rows
 from shoal.errors import ConfigError, NonFiniteError, PayloadError
 
 
@@ -63,7 +63,9 @@ class Independent(Unbiased):
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u = checked_rows(u, rnd)
         r = checked_scale(kernels.of(u).norms(u), rnd)
-        return Messages.of(torch.cat([as_bytes(r[:, None]), independent_bits(u, r, rnd, "Independent")], 1), rnd, u.shape[1])
+        return Messages.of(
+            torch.cat([as_bytes(r[:, None]), independent_bits(u, r, rnd, "Independent")], 1), rnd, u.shape[1]
+        )
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         payload = msgs.checked(self.capacity(rnd.n, msgs.d))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shoal import kernels
-from shoal.core import Compressor, Messages, Rows, Round, Vector, as_bytes, as_floats, checked_rows
+from shoal.core import Compressor, Messages, Round, Rows, Vector, as_bytes, as_floats, checked_rows
 from shoal.theory import AB
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shoal import kernels, rng
-from shoal.core import Compressor, Messages, Rows, Round, Unbiased, Vector, as_bytes, as_floats, checked_rows
+from shoal.core import Compressor, Messages, Round, Rows, Unbiased, Vector, as_bytes, as_floats, checked_rows
 from shoal.errors import ConfigError, PayloadError
 
 
@@ -27,7 +27,9 @@ def checked_k(k: int | float, name: str) -> None:
 def kept(k: int | float, d: int, name: str) -> int:
     """The number of coordinates that k stands for at this d. Raises ConfigError if k > d."""
     if k > d:
-        raise ConfigError(f"{name}(k={k}) on d={d} coordinates: k must be in 1..{d}, or a fraction such as {name}(0.1).")
+        raise ConfigError(
+            f"{name}(k={k}) on d={d} coordinates: k must be in 1..{d}, or a fraction such as {name}(0.1)."
+        )
     return k if isinstance(k, int) else max(1, round(k * d))
 
 

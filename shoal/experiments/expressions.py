@@ -38,7 +38,8 @@ def _load(file: str) -> dict[str, type]:
     module = sys.modules.get(name)
     if module is None:
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
@@ -46,7 +47,9 @@ def _load(file: str) -> dict[str, type]:
             del sys.modules[name]
             raise ConfigError(f"--with {file}: it does not run: {type(error).__name__}: {error}") from error
     kinds = (Compressor, Method, Problem)
-    found = {k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, kinds) and v.__module__ == name}
+    found = {
+        k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, kinds) and v.__module__ == name
+    }
     if not found:
         raise ConfigError(f"--with {file}: it defines no Compressor, Method or Problem.")
     return found

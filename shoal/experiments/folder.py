@@ -77,7 +77,9 @@ def make_folder(path: Path) -> None:
 class Folder:
     """The folder of one run. `config` identifies the run; a folder that exists must hold the same one to be resumed."""
 
-    def __init__(self, path: Path, config: dict[str, Any], resume: bool = False, extra: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, path: Path, config: dict[str, Any], resume: bool = False, extra: dict[str, Any] | None = None
+    ) -> None:
         self.path, self.digest = path, digest(config).hex()
         self.rows: list[Row] = []
         self.state: dict[str, np.ndarray] | None = None
@@ -86,7 +88,14 @@ class Folder:
             self._reopen(config)
         else:
             make_folder(path)
-            facts = {"format": 1, "kind": "run", **config, **(extra or {}), "versions": versions(), "machine": machine()}
+            facts = {
+                "format": 1,
+                "kind": "run",
+                **config,
+                **(extra or {}),
+                "versions": versions(),
+                "machine": machine(),
+            }
             write_json(path / "config.json", facts)
         self._metrics = (path / "metrics.jsonl").open("w")
         for row in self.rows:
@@ -96,7 +105,9 @@ class Folder:
         held = json.loads((self.path / "config.json").read_text())
         for name, value in json.loads(json.dumps(config)).items():
             if held.get(name) != value:
-                raise ResumeMismatch(f"{self.path}: its {name} is {held.get(name)!r}, not {value!r}; resume the same run.")
+                raise ResumeMismatch(
+                    f"{self.path}: its {name} is {held.get(name)!r}, not {value!r}; resume the same run."
+                )
         before = {k: v for k, v in held.get("versions", {}).items() if versions().get(k) != v}
         if before:
             raise ResumeMismatch(f"{self.path} was begun with {before}, here are {versions()}: bits may differ.")
@@ -111,7 +122,9 @@ class Folder:
             if len(self.rows) != meta["rows"] or meta["digest"] != self.digest:
                 raise CheckpointCorrupt(f"{self.path}: the checkpoint and the rows beside it do not belong together.")
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise CheckpointCorrupt(f"{self.path}/checkpoint.npz: {error}. Delete it to begin the run again.") from error
+            raise CheckpointCorrupt(
+                f"{self.path}/checkpoint.npz: {error}. Delete it to begin the run again."
+            ) from error
 
     def restore(self, fresh: State) -> State | None:
         """The checkpoint's state in the form of a fresh one; None where there is none."""

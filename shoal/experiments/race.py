@@ -64,6 +64,7 @@ def _begin_worker(told: Any, stop: Any) -> None:
     _told, _stop = told, stop
     torch.set_num_threads(1)  # the processes share the cores already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # while idle; a run installs its own handler
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = os.getppid()
 
     def watch() -> None:
@@ -98,7 +99,9 @@ class Job:
         else:
             best = self._tune()
             for k, seed in enumerate(self.spec.seeds):
-                self._one(best, seed, False, self.spec.bits, 0.6 + 0.4 * k / len(self.spec.seeds), 0.4 / len(self.spec.seeds))
+                self._one(
+                    best, seed, False, self.spec.bits, 0.6 + 0.4 * k / len(self.spec.seeds), 0.4 / len(self.spec.seeds)
+                )
         return self.name
 
     def _tune(self) -> float:
@@ -110,7 +113,9 @@ class Job:
             budget = cap if self.spec.bits is None else self.spec.bits if cap is None else min(cap, self.spec.bits)
             share = 0.6 / len(exponents)
             tried[2.0**exponent] = self._one(2.0**exponent, self.spec.seeds[0], True, budget, k * share, share)
-        return min(tried, key=lambda m: (not tried[m].reached, tried[m].bits if tried[m].reached else tried[m].grad_norm_sq, m))
+        return min(
+            tried, key=lambda m: (not tried[m].reached, tried[m].bits if tried[m].reached else tried[m].grad_norm_sq, m)
+        )
 
     def _proved(self) -> bool:
         s = self.spec
@@ -135,7 +140,14 @@ class Job:
             if _told is not None and time.monotonic() - self._said > 0.2:
                 self._said = time.monotonic()
                 spent = max(row.round / budget if s.rounds else 0.0, row.up_bits / bits if bits else 0.0)
-                _told.put(News(self.name, f"{'try ' if trial else ''}{what}, seed {seed}", at + share * min(spent, 1.0), row.grad_norm_sq))
+                _told.put(
+                    News(
+                        self.name,
+                        f"{'try ' if trial else ''}{what}, seed {seed}",
+                        at + share * min(spent, 1.0),
+                        row.grad_norm_sq,
+                    )
+                )
 
         place = {"label": self.label, "step": self.rule, "multiple": multiple, "seed": seed, "trial": trial}
         # Where no theorem applies, tuning multiplies 1/L_- by hand: `step` must then be a number.
@@ -170,7 +182,9 @@ def check(spec: RaceSpec) -> tuple[Problem, dict[str, str]]:
     if len(set(labels)) < len(labels):
         raise ConfigError(f"methods: {', '.join(labels)}: each at most once.")
     if len(reasons) == len(labels) and "tuned" not in spec.steps:
-        raise ConfigError(f"no method here has a step size from theory ({next(iter(reasons.values()))}); add --steps tuned.")
+        raise ConfigError(
+            f"no method here has a step size from theory ({next(iter(reasons.values()))}); add --steps tuned."
+        )
     return problem, reasons
 
 
@@ -262,10 +276,13 @@ def _run_jobs(
     pool = ProcessPoolExecutor(count, context, _begin_worker, (told, stop))
     try:
         waiting: dict[Future[str], str] = {}
+        # Workers inherit the mask: a Ctrl-C must not hit one that is still importing.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         for index, rule in wanted:
             job = f"{labels[index]} · {rule}"
             waiting[pool.submit(_work, spec.model_dump_json(), index, rule, str(out))] = job
             on_job(job, 0.0)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         while waiting:
             finished, _ = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
             while True:

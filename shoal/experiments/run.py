@@ -62,7 +62,11 @@ class Run:
         used = {k: (float(v) if isinstance(v, float) else v) for k, v in self.step.constants.items()}
         facts = {"sha256": self.sha256, "rounds": self.rows[-1].round, "stopped": self.stopped, "note": self.note}
         facts |= {"method": self.label, "resolved": compact(self.method), "gamma": self.gamma}
-        return facts | {"theorem": self.step.theorem, "constants": used} | {k: v for k, v in self.rows[-1]._asdict().items() if k != "round"}
+        return (
+            facts
+            | {"theorem": self.step.theorem, "constants": used}
+            | {k: v for k, v in self.rows[-1]._asdict().items() if k != "round"}
+        )
 
     def columns(self) -> dict[str, list[float]]:
         """Column name -> values."""
@@ -161,7 +165,9 @@ def prepare(
     method = method.resolved(setting)
     theory = method.step_size(setting)
     if step == "theory" and need_proof and not theory.proved:
-        raise ConfigError(f"{compact(method)} has no step size from theory here ({theory.theorem}); give one: step=0.1.")
+        raise ConfigError(
+            f"{compact(method)} has no step size from theory here ({theory.theorem}); give one: step=0.1."
+        )
     return method, theory, multiple * (theory.gamma if step == "theory" else step)
 
 
@@ -247,7 +253,7 @@ def simulate(
 ) -> Run:
     """Simulate a method on a problem, all n clients in this process.
 
-    rounds, bits (uplink payload bits a client): the budget, at least one of them; target: stop at ||grad f||^2 <= target.
+    rounds, bits (uplink payload bits a client): the budget, at least one of them. target: stop at ||grad f||^2 <= it.
     step: "theory" or a number; multiple: times that. pl: the PL theorem's step size. every: measure every so many
     rounds. chunk: clients at a time (default: what keeps temporaries at 16 MiB). out: a run folder, checkpointed every
     five seconds and on Ctrl-C; resume=True goes on from there and ends at the identical iterate. record: called with
@@ -271,7 +277,10 @@ def simulate(
     descent = Step(gamma)
     folder = None
     if out is not None:
-        config = {"problem": {"name": problem.name, "n": problem.n, "d": problem.d, "repr": repr(problem)}, "method": label}
+        config: dict[str, Any] = {
+            "problem": {"name": problem.name, "n": problem.n, "d": problem.d, "repr": repr(problem)},
+            "method": label,
+        }
         rule = "theory" if step == "theory" else "given"
         config |= {"seed": seed, **budget, "step": {"rule": rule, "gamma": gamma, "multiple": multiple}, "every": every}
         known = {"smoothness": {k: list(v) for k, v in problem.smoothness().facts().items()}, "title": label}

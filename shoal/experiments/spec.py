@@ -56,7 +56,9 @@ class ProblemSpec(Spec):
     def _refuse(self, kind: str, allowed: set[str]) -> None:
         wrong = sorted(self._given().keys() - allowed)
         if wrong:
-            raise ConfigError(f"{', '.join(wrong)}: not a setting of {kind}, which takes {', '.join(sorted(allowed)) or 'none'}.")
+            raise ConfigError(
+                f"{', '.join(wrong)}: not a setting of {kind}, which takes {', '.join(sorted(allowed)) or 'none'}."
+            )
 
     def build(self, files: Sequence[str] = ()) -> Problem:
         """The problem. Raises ConfigError or DataError."""
@@ -67,8 +69,10 @@ class ProblemSpec(Spec):
             return Quadratics(**{names.get(k, k): v for k, v in given.items()})
         known = self.name in data.BUNDLED or Path(self.name).expanduser().exists()
         if not known and "(" not in self.name:
-            names = ", ".join(("quadratics", *data.BUNDLED))
-            raise ConfigError(f"no problem or file {self.name!r}: give {names}, the path of a LIBSVM file, or an expression.")
+            there = ", ".join(("quadratics", *data.BUNDLED))
+            raise ConfigError(
+                f"no problem or file {self.name!r}: give {there}, the path of a LIBSVM file, or an expression."
+            )
         if known:
             self._refuse(self.name, {"clients", "lam", "loss", "split", "alpha", "seed"})
             clients = {"n": given.pop("clients")} if "clients" in given else {}

@@ -12,8 +12,9 @@ from torch import Tensor
 from shoal.kernels import reference
 from shoal.kernels.draw import Draw
 
+cpu: ModuleType
 try:
-    from shoal.kernels import cpu
+    from shoal.kernels import cpu as cpu
 except ImportError:  # numba is a dependency, but no compiled kernel is needed for correctness
     cpu = reference
 

@@ -117,7 +117,7 @@ def _halves(out, slots, index, stream, k0, k1):
 def _key(draw: Draw) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
     """(round, stream, key low, key high) as the compiled loops take them."""
     return (
-        np.uint64(draw.index & 0xFFFFFFFF),
+        np.uint64(draw.round & 0xFFFFFFFF),
         np.uint64(draw.stream),
         np.uint64(draw.seed & 0xFFFFFFFF),
         np.uint64(draw.seed >> 32),

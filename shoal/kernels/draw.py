@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 class Draw(NamedTuple):
-    """One stream in one round, for m rows: word j of row i is Philox(key=seed, counter=(j, slots[i], index, stream))."""
+    """One stream in one round, for m rows: row i is drawn with key `seed` and counters (c, slots[i], round, stream)."""
 
     slots: Tensor  # (m,) int64: whose randomness; rng.SHARED and rng.SERVER belong to no client
-    index: int  # the round
+    round: int
     stream: int  # crc32 of the stream's name
     seed: int  # 64 bits

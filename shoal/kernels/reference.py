@@ -14,10 +14,28 @@ from torch import Tensor
 from shoal.kernels.draw import Draw
 
 __all__ = [
-    "add_rows", "decode_bits", "decode_levels", "encode_bits", "encode_levels", "gather", "halves", "maxes", "mean_bits",
-    "mean_levels", "mean_rows", "mean_sparse", "norms", "pack", "permutation", "scatter", "square_norm", "support",
-    "topk", "unpack", "words",
-]  # fmt: skip
+    "add_rows",
+    "decode_bits",
+    "decode_levels",
+    "encode_bits",
+    "encode_levels",
+    "gather",
+    "halves",
+    "maxes",
+    "mean_bits",
+    "mean_levels",
+    "mean_rows",
+    "mean_sparse",
+    "norms",
+    "pack",
+    "permutation",
+    "scatter",
+    "square_norm",
+    "support",
+    "topk",
+    "unpack",
+    "words",
+]
 
 LANES = 16  # partial sums of a row: lane l takes coordinates l, l + 16, ...; the lanes are then added from 0 to 15
 TINY = np.float32(2.0**-80)  # below this scale a row is multiplied by LIFT first, so that no quotient overflows
@@ -43,7 +61,7 @@ def _calls(draw: Draw, count: int) -> np.ndarray:
     counter = np.empty((len(slots), count, 4), np.uint32)
     counter[..., 0] = np.arange(count, dtype=np.uint32)
     counter[..., 1] = slots[:, None]
-    counter[..., 2], counter[..., 3] = draw.index & 0xFFFFFFFF, draw.stream
+    counter[..., 2], counter[..., 3] = draw.round & 0xFFFFFFFF, draw.stream
     return philox(counter, (draw.seed & 0xFFFFFFFF, draw.seed >> 32))
 
 
@@ -71,7 +89,7 @@ def halves(draw: Draw, d: int) -> Tensor:
 
 
 def permutation(draw: Draw, d: int) -> Tensor:
-    """(d,) int64: Fisher-Yates from the top, j = floor(word_t (t+1) / 2^32). Each probability is off by < d / 2^32."""
+    """(d,) int64: Fisher-Yates from the top, j = floor(word_t (t+1) / 2^32), each draw off by < 2^-32."""
     w = _words(draw, d)[0].astype(np.uint64)
     out = np.arange(d)
     for t in range(d - 1, 0, -1):
@@ -122,7 +140,7 @@ def square_norm(x: Tensor) -> float:
 
 
 def add_rows(u: Tensor, total: Tensor) -> None:
-    """total (d,) float64 += sum_i u_i, in place, from row 0 to row m-1: chunk after chunk gives the bits of one call."""
+    """total (d,) float64 += sum_i u_i, in place, from row 0 to row m-1: chunk after chunk gives one call's bits."""
     for row in u.numpy():
         total.numpy()[:] += row
 
@@ -138,8 +156,8 @@ def mean_rows(u: Tensor, cohort: int) -> Tensor:
 def _cells(u: Tensor, r: Tensor, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """(floor(z), frac(z)) of z = u 2^15 steps / r: coordinates on [-r, r] in units of 2^-16 of an interval 2r / steps.
 
-    The product keeps its relative accuracy in u (no 1/2 is added in floating point), so rounding is unbiased to
-    about 2^-24 |u_j|.
+    The product keeps its relative accuracy in u (no 1/2 is added in floating point): with the 40 bits of `_below`,
+    |bias| <= (2^-23 + 2^-48) |u_j| + 2^-40 (2 r / steps), see docs/derivations/compressors.md.
     """
     r_ = r.numpy()
     lift = np.where(r_ < TINY, LIFT, np.float32(1))

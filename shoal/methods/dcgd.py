@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.core import Compressor, Gradient, Messages, Method, Round, Rows, Vector, require
+from shoal.core import Compressor, Gradient, Messages, Method, Round, Rows, Vector, ab_for_all_inputs, require
 from shoal.theory import Setting, StepSize
 
 
@@ -43,15 +43,19 @@ class DCGD(Method):
         """
         L, s = float(setting.smoothness.minus), setting.smoothness
         if not hasattr(self.compressor, "ab"):
-            return StepSize(1.0 / L, f"none: {self.compressor!r} is biased and DCGD may diverge", {"L_minus": L}, proved=False)
+            return StepSize(
+                1.0 / L, f"none: {self.compressor!r} is biased and DCGD may diverge", {"L_minus": L}, proved=False
+            )
         if s.f_inf is None:
             return StepSize(1.0 / L, "none: some f_i has no lower bound", {"L_minus": L}, proved=False)
         horizon = setting.horizon
         if horizon is None and setting.bits is not None:
             horizon = math.ceil(setting.bits / (8 * self.compressor.capacity(setting.n, setting.d)))
         if horizon is None or setting.f0 is None:
-            return StepSize(1.0 / L, "none: the theorem needs a horizon; give rounds or bits", {"L_minus": L}, proved=False)
-        ab = self.compressor.ab(setting.n, setting.d)
+            return StepSize(
+                1.0 / L, "none: the theorem needs a horizon; give rounds or bits", {"L_minus": L}, proved=False
+            )
+        ab = ab_for_all_inputs(self.compressor, setting)
         A = (ab.a + setting.n * ab.c) * s.max
         gap = max(0.0, setting.f0 - s.f_inf)
         terms = [1.0 / L]
@@ -59,7 +63,16 @@ class DCGD(Method):
             terms.append(1.0 / math.sqrt(L * A * horizon))
             if setting.target is not None and gap > 0:
                 terms.append(setting.target / (4.0 * L * A * gap))
-        used = {"L_minus": L, "L_max": s.max, "a": ab.a, "c": ab.c, "A": A, "K": horizon, "gap": gap, "target": setting.target}
+        used: dict[str, Any] = {
+            "L_minus": L,
+            "L_max": s.max,
+            "a": ab.a,
+            "c": ab.c,
+            "evidence": ab.evidence,
+            "A": A,
+            "K": horizon,
+        }
+        used |= {"gap": gap, "target": setting.target}
         return StepSize(min(terms), "DCGD: min{1/sqrt(L A K), 1/L, target/(2 L C)} (arXiv:2002.03329)", used)
 
     def init(self, x0: Vector, rnd: Round) -> tuple[Any, Any]:

@@ -50,9 +50,11 @@ class Diana(Method):
         if self.shift is not None and self.shift > most * (1 + 1e-12):
             raise ConfigError(f"Diana(shift={self.shift}): at d={d} it must be at most 1/(1+omega) = {most:.6g}.")
 
+    def _shift(self, d: int) -> float:
+        return 1.0 / (1.0 + self.compressor.omega(d)) if self.shift is None else self.shift  # type: ignore[attr-defined]
+
     def resolved(self, setting: Setting) -> Diana:
-        omega = self.compressor.omega(setting.d)  # type: ignore[attr-defined]
-        return self if self.shift is not None else replace(self, shift=1.0 / (1.0 + omega))
+        return replace(self, shift=self._shift(setting.d))
 
     def step_size(self, setting: Setting) -> StepSize:
         """gamma = 1 / (L_- + (2/shift) sqrt(omega/n) L_+): mean E||grad f||^2 <= 2 Phi_0 / (gamma K).
@@ -60,7 +62,7 @@ class Diana(Method):
         PL: min{1 / (L_- + (1/shift) sqrt(8 omega/n) L_+), shift/(4 mu)}: E Phi_K <= (1 - gamma mu)^K Phi_0.
         """
         s, n = setting.smoothness, setting.n
-        omega, shift = self.compressor.omega(setting.d), self.resolved(setting).shift  # type: ignore[attr-defined]
+        omega, shift = self.compressor.omega(setting.d), self._shift(setting.d)  # type: ignore[attr-defined]
         used = {"omega": omega, "shift": shift, "n": n, "L_minus": s.minus, "L_plus": s.plus}
         if setting.pl and s.mu is not None:
             gamma = min(1.0 / (s.minus + math.sqrt(8.0 * omega / n) * s.plus / shift), shift / (4.0 * s.mu))
@@ -78,8 +80,8 @@ class Diana(Method):
         return grad(self.model(down, rnd), rnd) - worker.h, worker
 
     def commit(self, worker: Worker, sent: Messages, rnd: Round) -> Worker:
-        return Worker(worker.h + self.shift * self.compressor.decode(sent, rnd))
+        return Worker(worker.h + self._shift(sent.d) * self.compressor.decode(sent, rnd))
 
     def estimate(self, server: Server, up: Messages, rnd: Round) -> tuple[Vector, Server]:
         mean = self.compressor.aggregate(up, rnd)
-        return server.h + mean, Server(server.h + self.shift * mean)
+        return server.h + mean, Server(server.h + self._shift(up.d) * mean)

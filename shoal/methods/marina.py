@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from shoal.core import DENSE, Compressor, Gradient, Messages, Method, Round, Rows, Vector, require
+from shoal.core import DENSE, Compressor, Gradient, Messages, Method, Round, Rows, Vector, ab_for_all_inputs, require
 from shoal.errors import ConfigError
 from shoal.theory import AB, Setting, StepSize, best_p, step_size, step_size_pl
 
@@ -49,12 +49,7 @@ class Marina(Method):
         self.compressor.check(n, d)
 
     def _constants(self, setting: Setting) -> tuple[AB, float]:
-        ab = self.compressor.ab(setting.n, setting.d)  # type: ignore[attr-defined]
-        if ab.evidence == "homogeneous" and setting.smoothness.pm > 0:
-            raise ConfigError(
-                f"{self.compressor!r} states an AB inequality for equal inputs only ({ab.source}), and L_± = "
-                f"{setting.smoothness.pm!r} > 0: Marina needs one that holds for all inputs."
-            )
+        ab = ab_for_all_inputs(self.compressor, setting)
         return ab, ab.gamma(setting.smoothness)
 
     def resolved(self, setting: Setting) -> Marina:
@@ -62,24 +57,29 @@ class Marina(Method):
             return self
         n, d = setting.n, setting.d
         code = 8.0 * self.compressor.capacity(n, d) + (32.0 if self.compressor.agrees else 0.0)
-        pl = setting.pl and setting.smoothness.mu is not None
-        return replace(self, p=best_p(32.0 * d, code, setting.smoothness.minus, self._constants(setting)[1], pl))
+        mu = setting.smoothness.mu if setting.pl else None
+        return replace(self, p=best_p(32.0 * d, code, setting.smoothness.minus, self._constants(setting)[1], mu))
 
     def step_size(self, setting: Setting) -> StepSize:
         """gamma = 1 / (L_- + sqrt((1-p)/p Gamma)), Gamma = (a-b) L_+^2 + b L_±^2 + c L_max^2;
         PL: min{1 / (L_- + sqrt(2 (1-p)/p Gamma)), p/(2 mu)}."""
-        (ab, Gamma), s, p = self._constants(setting), setting.smoothness, self.resolved(setting).p
+        (ab, Gamma), s, p = self._constants(setting), setting.smoothness, self.resolved(setting).p or 1.0
         used = {"a": ab.a, "b": ab.b, "c": ab.c, "evidence": ab.evidence, "source": ab.source, "Gamma": Gamma, "p": p}
         used |= {"L_minus": s.minus, "L_plus": s.plus, "L_pm": s.pm, "L_max": s.max}
+        where = "docs/derivations/methods.md" + (
+            "" if ab.evidence == "proved" else f"; constants {ab.evidence}, not proved"
+        )
         if setting.pl and s.mu is not None:
-            gamma, theorem = step_size_pl(s.minus, Gamma, p, s.mu), "MARINA under PL, AB inequality"
-            return StepSize(gamma, theorem + " (docs/derivations/methods.md)", used | {"mu": s.mu})
-        return StepSize(step_size(s.minus, Gamma, p), "MARINA, AB inequality (docs/derivations/methods.md)", used)
+            gamma = step_size_pl(s.minus, Gamma, p, s.mu)
+            return StepSize(gamma, f"MARINA under PL, AB inequality ({where})", used | {"mu": s.mu})
+        return StepSize(step_size(s.minus, Gamma, p), f"MARINA, AB inequality ({where})", used)
 
     def init(self, x0: Vector, rnd: Round) -> tuple[Server, Worker]:
         return Server(torch.zeros_like(x0)), Worker(x0.new_zeros(len(rnd.clients), len(x0)))
 
     def _full(self, rnd: Round) -> bool:
+        if self.p is None:
+            raise ConfigError("Marina(p=None) is not resolved: simulate does it, or method.resolved(setting).")
         return rnd.index == 0 or rnd.coin(self.p, "Marina.coin")
 
     def code(self, rnd: Round) -> Compressor:

@@ -159,6 +159,7 @@ def verdict(race: Race, entries: Sequence[Entry]) -> list[str]:
     """Plain sentences that follow from the entries: the winner of each step rule, by how much, and what is missing."""
     said = [sentence for step in race.steps for sentence in _winner(race, step, entries)]
     said += _tuning(entries)
+    said += _at_the_edge(race, entries)
     if lost := [f"{e.label} ({e.step} steps)" for e in entries if e.diverged]:
         said.append(f"Diverged in at least one seed: {', '.join(lost)}.")
     for label, reason in race.no_theorem.items():
@@ -220,6 +221,15 @@ def _margin(first: Entry, rest: Sequence[Entry]) -> str:
     if close := rivals(first, rest):
         return said + f". The ranges overlap: these seeds do not tell {first.label} apart from {' and '.join(close)}."
     return said + "; the ranges over seeds do not overlap."
+
+
+def _at_the_edge(race: Race, entries: Sequence[Entry]) -> list[str]:
+    """Methods whose chosen multiple is the largest that was tried: more might have been won."""
+    largest = {label: race.trials(label)[-1].multiple for label in race.methods if race.trials(label)}
+    edge = [e.label for e in entries if e.step == "tuned" and e.multiple >= largest.get(e.label, math.inf)]
+    if not edge:
+        return []
+    return [f"The largest step tried was the best for {', '.join(edge)}: a wider --tune may do better still."]
 
 
 def _ratio(entry: Entry) -> str:
@@ -308,8 +318,20 @@ def print_leaderboard(race: Race, console: Any = None) -> None:
     for row in rows:
         table.add_row(*(escape(row[name]) for name in headings))
     console.print(table)
+    traffic = Table(title="kilobytes a client, up to the target (or the end), medians over seeds")
+    for name in ("method", "step", "up", "up, framed", "down", "down, framed"):
+        traffic.add_column(name, justify="left" if name in ("method", "step") else "right")
+    for e in entries:
+        sizes = (f"{e.spent[name] / 8000:,.2f}" for name in TRAFFIC)
+        traffic.add_row(escape(e.label), e.step, *sizes)
+    if entries:
+        console.print(traffic)
     for sentence in verdict(race, entries):
         console.print(escape(sentence), highlight=False)
+    if len(entries) > 1:
+        console.print("When to use which:", style="bold")
+    for name, text in when_to_use(race) if len(entries) > 1 else ():
+        console.print(f"  [bold]{name}[/bold]: {escape(text)}", highlight=False)
 
 
 def _cells(e: Entry) -> dict[str, str]:

@@ -81,7 +81,8 @@ def take(state: Any, part: slice) -> Any:
     """The state of some of the hosted clients: a slice of every `Rows` field."""
     if state == ():
         return state
-    return type(state)(*(v[part] if f in _row_fields(type(state)) else v for f, v in zip(state._fields, state, strict=True)))
+    rows = _row_fields(type(state))  # type: ignore[arg-type]
+    return type(state)(*(v[part] if f in rows else v for f, v in zip(state._fields, state, strict=True)))
 
 
 def put(state: Any, part: slice, new: Any) -> Any:
@@ -90,7 +91,7 @@ def put(state: Any, part: slice, new: Any) -> Any:
         return new
     fields = []
     for name, old, value in zip(state._fields, state, new, strict=True):
-        if name in _row_fields(type(state)) and part != slice(0, len(old)):
+        if name in _row_fields(type(state)) and part != slice(0, len(old)):  # type: ignore[arg-type]
             old[part] = value
             value = old
         fields.append(value)

@@ -1,0 +1,105 @@
+"""The command line: race, run, report, list. Thin: what a command does stands in experiments and report."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from shoal import __version__, compressors, data, methods, problems, report
+from shoal.cli import race, run
+from shoal.cli.options import With, app, fail, out_console
+from shoal.errors import ShoalError
+from shoal.experiments.expressions import known_names
+
+__all__ = ["app", "main", "race", "run"]
+
+
+@app.command("report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="The folder of a race or of a run, finished or interrupted.")],
+) -> None:
+    """Read a folder of results again: the leaderboard, report.html, and the figures."""
+    result = report.load(folder)
+    report.print_leaderboard(result, out_console)
+    page = report.write(folder)
+    out_console.print(f"[bold]report:[/bold] {escape(str(page.resolve()))}", highlight=False, soft_wrap=True)
+
+
+@app.command("list")
+def list_command(
+    show_race: Annotated[
+        bool, typer.Option("--race", help="Print the default race's file, to copy and change.")
+    ] = False,
+    with_file: With = None,
+) -> None:
+    """Methods, compressors and problems: a line each, with the paper."""
+    if show_race:
+        typer.echo(race.default_race(), nl=False)
+        return
+    table = Table("name", "what it is", "source", title="Use them in expressions such as 'Marina(RandK(k=10), p=0.1)'.")
+    for kind, module in (("methods", methods), ("compressors", compressors), ("problems", problems)):
+        table.add_section()
+        table.add_row(f"[bold]{kind}[/bold]", "", "")
+        for name in module.__all__:
+            entry = getattr(module, name)
+            if inspect.isclass(entry):
+                table.add_row(_signature(entry), *map(escape, _described(entry)))
+    for name, origin in data.BUNDLED.items():
+        table.add_row(name, "bundled data for Classification", escape(origin))
+    for name, entry in known_names(with_file or ()).items():
+        if name not in {n for m in (methods, compressors, problems) for n in m.__all__}:
+            table.add_row(_signature(entry), *map(escape, _described(entry)))
+    Console(width=max(out_console.width, 120) if not out_console.is_terminal else None).print(table)
+
+
+def _signature(entry: type) -> str:
+    names = [p.name for p in inspect.signature(entry).parameters.values() if p.name not in ("hosted", "args", "kwargs")]
+    return escape(f"{entry.__name__}({', '.join(names)})")
+
+
+def _described(entry: type) -> tuple[str, str]:
+    """(first line of the docstring, arXiv ids of the class, else of its module)."""
+    module = inspect.getmodule(entry)
+    first = inspect.cleandoc(entry.__doc__ or "").split("\n")[0]
+    for text in (entry.__doc__ or "", (module.__doc__ or "") if module else ""):
+        papers = list(dict.fromkeys(re.findall(r"arXiv:\d{4}\.\d{5}", text)))
+        if papers:
+            return first, ", ".join(papers)
+    return first, "textbook"
+
+
+def _version(value: bool) -> None:
+    if value:
+        out_console.print(f"shoal {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command; every error that can be expected is one line and a non-zero exit."""
+    try:
+        app()
+    except ShoalError as error:
+        if os.environ.get("RANK", "0") == "0":
+            fail(error)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        fail("interrupted.", 130)
+    except BrokenPipeError:
+        raise SystemExit(0) from None

@@ -1,0 +1,87 @@
+"""What the commands share: the application, its options, its consoles, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from shoal.errors import ConfigError
+from shoal.experiments.spec import ProblemSpec
+
+UNREACHED = 3  # exit status where a target was not reached, or a run diverged
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Distributed nonconvex optimization with compressed messages: compare methods and compressors by the bits "
+    "they really send. Start with [bold]shoal race[/bold], or [bold]shoal list[/bold] for what there is.",
+)
+out_console, err_console = Console(), Console(stderr=True)
+
+PROBLEMS = "quadratics, phishing, mushrooms, a LIBSVM file, or an expression of a --with problem."
+Clients = Annotated[int | None, typer.Option("--clients", "-n", help="Number of clients n.")]
+Split = Annotated[str | None, typer.Option(help="How rows are shared out: iid, label, dirichlet, contiguous.")]
+Alpha = Annotated[float | None, typer.Option(help="Dirichlet parameter of --split dirichlet; smaller is more uneven.")]
+Loss = Annotated[
+    str | None,
+    typer.Option(help="logistic, with the regularizer lam sum x²/(1+x²), or nonconvex: the MARINA paper's (1-s(yz))²."),
+]
+Lam = Annotated[float | None, typer.Option(help="Weight of the regularizer (quadratics: strong convexity of f).")]
+Dim = Annotated[int | None, typer.Option("--dim", "-d", help="quadratics: number of coordinates d.")]
+Noise = Annotated[float | None, typer.Option(help="quadratics: how much clients differ; L_± is about this.")]
+ProblemSeed = Annotated[int | None, typer.Option(help="Seed of the split or of the quadratics.")]
+With = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--with", metavar="FILE", help="A Python file with your own Method, Compressor or Problem. It is run: trust it."
+    ),
+]
+Rounds = Annotated[int | None, typer.Option(help="Budget in rounds.")]
+Bits = Annotated[float | None, typer.Option(help="Budget in uplink payload bits a client.")]
+Target = Annotated[float | None, typer.Option(help="Stop at ‖∇f‖² <= this.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of results; must be empty or new.")]
+PL = Annotated[bool, typer.Option("--pl", help="Step sizes of the PL theorems (needs a known PL constant).")]
+
+
+def fail(error: Exception | str, status: int = 1) -> NoReturn:
+    """One clear line on standard error, and out."""
+    err_console.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
+    raise SystemExit(status)
+
+
+def new_folder(kind: str, name: str) -> Path:
+    """Where results go unless --out says otherwise: runs/ or races/, with the time and the problem."""
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(name).stem).strip("-").lower() or "problem"
+    return Path(f"{kind}s") / f"{datetime.now():%Y%m%d-%H%M%S}-{stem}"
+
+
+def given(context: typer.Context) -> set[str]:
+    """The parameters that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def stored_spec(context: typer.Context, folder: Path, kind: str, beside: set[str]) -> dict[str, Any]:
+    """The spec in a folder that is to be resumed. Refuses options that would have to be ignored."""
+    extra = sorted(given(context) - beside - {"resume"})
+    if extra:
+        words = ", ".join(extra).replace("_", "-")
+        raise ConfigError(f"--resume takes its settings from the folder: leave out {words}.")
+    file = folder / ("config.json" if kind == "run" else "race.json")
+    if not file.is_file():
+        raise ConfigError(f"{folder} holds no {kind}: there is no {file.name}.")
+    try:
+        spec = json.loads(file.read_text())["spec"]
+    except KeyError:
+        raise ConfigError(f"{file} was not written by `shoal {kind}`: resume it from Python.") from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{file} is damaged: {error}.") from None
+    return {**spec, "problem": ProblemSpec.of(**spec["problem"])}

@@ -1,0 +1,209 @@
+"""shoal race: several methods on one problem, a leaderboard and a report."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import signal
+import sys
+import time
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from shoal import report
+from shoal.cli.options import (
+    PL,
+    PROBLEMS,
+    UNREACHED,
+    Alpha,
+    Bits,
+    Clients,
+    Dim,
+    Lam,
+    Loss,
+    Noise,
+    Out,
+    ProblemSeed,
+    Rounds,
+    Split,
+    Target,
+    With,
+    app,
+    err_console,
+    fail,
+    new_folder,
+    out_console,
+    stored_spec,
+)  # fmt: skip
+from shoal.errors import ConfigError
+from shoal.experiments.race import News
+from shoal.experiments.race import race as run_race
+from shoal.experiments.spec import ProblemSpec, RaceSpec
+
+Steps = Annotated[str | None, typer.Option(help="theory, tuned, or theory,tuned.")]
+Tune = Annotated[str | None, typer.Option(metavar="LOW:HIGH", help="Tuning tries 2^LOW..2^HIGH times theory's step.")]
+
+
+@app.command()
+def race(
+    context: typer.Context,
+    problem: Annotated[str | None, typer.Argument(help=PROBLEMS + " Left out: the default race's.")] = None,
+    methods: Annotated[
+        list[str] | None, typer.Argument(metavar="METHODS...", help="Expressions such as 'Marina(PermK())'.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file such as `shoal list --race` prints.")] = None,
+    clients: Clients = None,
+    split: Split = None,
+    alpha: Alpha = None,
+    loss: Loss = None,
+    lam: Lam = None,
+    dim: Dim = None,
+    noise: Noise = None,
+    problem_seed: ProblemSeed = None,
+    rounds: Rounds = None,
+    bits: Bits = None,
+    target: Target = None,
+    steps: Steps = None,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds: 0, 1, ...")] = None,
+    tune: Tune = None,
+    pl: PL = False,
+    every: Annotated[int | None, typer.Option(help="Measure f and ‖∇f‖² every so many rounds.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes (default: one a core).")] = None,
+    with_file: With = None,
+    out: Out = None,
+    resume: Annotated[Path | None, typer.Option(help="Finish the race in this folder; what is done stays.")] = None,
+) -> None:
+    """Several methods on one problem: who gets to the target on the fewest bits, and why one can believe it.
+
+    Alone, it runs the default race on phishing. Anything given replaces that setting:
+    [bold]shoal race[/bold]
+    [bold]shoal race mushrooms "Marina(PermK())" "EF21(TopK(5))" "GD()" --clients 10 --rounds 2000 --target 1e-6[/bold]
+    """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers {workers}: at least one process.")
+    if resume is not None:
+        spec, folder = RaceSpec.of(**stored_spec(context, resume, "race", {"workers"})), resume
+    else:
+        if seeds is not None and seeds < 1:
+            raise ConfigError(f"--seeds {seeds}: at least one.")
+        described = {
+            "clients": clients, "dim": dim, "noise": noise, "lam": lam, "loss": loss, "split": split, "alpha": alpha,
+            "seed": problem_seed,
+        }  # fmt: skip
+        changed = {
+            "methods": tuple(methods) if methods else None, "rounds": rounds, "bits": bits, "target": target,
+            "steps": tuple(steps.split(",")) if steps else None, "every": every, "pl": pl or None,
+            "seeds": tuple(range(seeds)) if seeds is not None else None, "tune": _range(tune) if tune else None,
+            "files": tuple(with_file) if with_file else None,
+        }  # fmt: skip
+        spec = _spec(_toml(config) if config else tomllib.loads(default_race()), problem, described, changed)
+        folder = out or new_folder("race", spec.problem.name)
+    _race(spec, folder, resume is not None, workers)
+
+
+def _spec(base: dict[str, Any], problem: str | None, described: dict[str, Any], changed: dict[str, Any]) -> RaceSpec:
+    """The file's race with what was given in place of what it says."""
+    held = base.get("problem", {})
+    same = problem is None or problem == held.get("name")
+    facts = (held if same else {"name": problem}) | {k: v for k, v in described.items() if v is not None}
+    changed = {k: v for k, v in changed.items() if v is not None}
+    if not same or "methods" in changed:
+        base.pop("title", None)  # it spoke of another race
+    if "bits" in changed and "rounds" not in changed:
+        base.pop("rounds", None)  # the budget that was asked for replaces the file's
+    return RaceSpec.of(**base | changed | {"problem": ProblemSpec.of(**facts)})
+
+
+def default_race() -> str:
+    """The text of the default race's file."""
+    return (files("shoal") / "races" / "default.toml").read_text()
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}.") from None
+    except ValueError as error:
+        raise ConfigError(f"--config {path}: {error}.") from None
+
+
+def _range(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(-?\d+):(-?\d+)", text)
+    if not found:
+        raise ConfigError(f"--tune {text}: two exponents, e.g. --tune 0:19.")
+    return int(found[1]), int(found[2])
+
+
+def _race(spec: RaceSpec, folder: Path, resuming: bool, workers: int | None) -> None:
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell may start background jobs with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
+    began, words = time.monotonic(), sys.argv[1:]
+    if spec.files:
+        err_console.print(f"running code from {', '.join(spec.files)}: trusted, not sandboxed", highlight=False)
+    bars: dict[str, TaskID] = {}
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[news]}"),
+        TimeElapsedColumn(), console=err_console,
+    ) as progress:  # fmt: skip
+        step = progress.add_task("checking", total=1.0, news="")
+
+        def on_step(text: str) -> None:
+            progress.update(step, description=escape(text))
+
+        def on_job(job: str, fraction: float) -> None:
+            progress.update(step, description="racing", completed=1.0)
+            if fraction == 0.0:
+                bars[job] = progress.add_task(escape(job), total=1.0, news="waiting", start=False)
+            else:
+                progress.update(bars[job], completed=1.0, news="done")
+                progress.stop_task(bars[job])
+                if not err_console.is_terminal:
+                    err_console.print(f"done: {escape(job)} ({time.monotonic() - began:.0f} s)", highlight=False)
+
+        def on_news(news: News) -> None:
+            progress.start_task(bars[news.job])
+            norm = f"{news.grad_norm_sq:.1e}" if math.isfinite(news.grad_norm_sq) else "diverged"
+            progress.update(bars[news.job], completed=news.fraction, news=f"{news.what}: ‖∇f‖² {norm}")
+
+        try:
+            run_race(spec, folder, "shoal " + shlex.join(words), resuming, workers, on_news, on_job, on_step)
+        except KeyboardInterrupt:
+            progress.stop()
+            if (folder / "race.json").exists():
+                fail(f"interrupted; go on with: shoal race --resume {shlex.quote(str(folder))}", 130)
+            raise
+    _close_race(folder, spec, time.monotonic() - began)
+
+
+def _close_race(folder: Path, spec: RaceSpec, seconds: float) -> None:
+    result = report.load(folder)
+    report.print_leaderboard(result, out_console)
+    page = _written(folder)
+    out_console.print(
+        f"\n{len(result.runs)} runs in {seconds:.0f} s; all of it: {folder}", highlight=False, soft_wrap=True
+    )
+    if page:
+        out_console.print(f"[bold]report:[/bold] {escape(str(page.resolve()))}", highlight=False, soft_wrap=True)
+    entries = report.leaderboard(result)
+    if not any(entry.reached for entry in entries):
+        best = min(entries, key=lambda e: e.grad_norm_sq if math.isfinite(e.grad_norm_sq) else math.inf)
+        fail(f"no method reached the target ‖∇f‖² <= {spec.target:g}; the nearest was {best.label} ({best.step} steps) "
+             f"at {best.grad_norm_sq:.3g}. Raise --rounds or --bits, or --target.", UNREACHED)  # fmt: skip
+
+
+def _written(folder: Path) -> Path | None:
+    try:
+        return report.write(folder)
+    except ConfigError as error:  # the extra is missing: the leaderboard stands, the page does not
+        err_console.print(f"[yellow]no report.html:[/yellow] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return None

@@ -1,0 +1,215 @@
+"""shoal run: one run, in the simulator or over ranks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from shoal.cli.options import (
+    PL,
+    PROBLEMS,
+    UNREACHED,
+    Alpha,
+    Bits,
+    Clients,
+    Dim,
+    Lam,
+    Loss,
+    Noise,
+    Out,
+    ProblemSeed,
+    Rounds,
+    Split,
+    Target,
+    With,
+    app,
+    err_console,
+    fail,
+    given,
+    new_folder,
+    out_console,
+    stored_spec,
+)  # fmt: skip
+from shoal.core import Method, Row
+from shoal.errors import ConfigError
+from shoal.experiments.expressions import compact, known_names, parse
+from shoal.experiments.folder import digest, make_folder
+from shoal.experiments.run import Run, prepare, simulate
+from shoal.experiments.spec import ProblemSpec, RunSpec
+from shoal.runtimes import replicated
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    problem: Annotated[str, typer.Argument(help=PROBLEMS)] = "phishing",
+    method: Annotated[str, typer.Argument(help="An expression: 'Marina(Correlated())', 'EF21(TopK(0.05))'.")] = "",
+    clients: Clients = None,
+    rounds: Rounds = None,
+    bits: Bits = None,
+    target: Target = None,
+    seed: Annotated[int, typer.Option(help="Seed of the run's random numbers.")] = 0,
+    step: Annotated[str, typer.Option(help="'theory' or a number.")] = "theory",
+    multiple: Annotated[float, typer.Option(help="Times the step size.")] = 1.0,
+    pl: PL = False,
+    ranks: Annotated[int, typer.Option(help="Processes under torchrun with gloo here; 0: the simulator.")] = 0,
+    dim: Dim = None,
+    noise: Noise = None,
+    split: Split = None,
+    alpha: Alpha = None,
+    loss: Loss = None,
+    lam: Lam = None,
+    problem_seed: ProblemSeed = None,
+    every: Annotated[int, typer.Option(help="Measure f and ‖∇f‖² every so many rounds.")] = 1,
+    chunk: Annotated[int | None, typer.Option(help="Clients at a time (memory; the bits do not depend on it).")] = None,
+    with_file: With = None,
+    out: Out = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Finish the run in this folder, to the identical iterate.")
+    ] = None,
+) -> None:
+    """One run. Prints the step size with its theorem, the result, and the SHA-256 of the final iterate.
+
+    [bold]shoal run phishing "Marina(Correlated())" --clients 20 --rounds 500[/bold]
+    [bold]shoal run quadratics "EF21(TopK(10))" -n 6 -d 200 --noise 0.3 --lam 0.01 --rounds 300 --ranks 3[/bold]
+    """
+    if resume is not None:
+        spec, out = RunSpec.of(**stored_spec(context, resume, "run", {"ranks"})), resume
+    else:
+        if not method:
+            raise ConfigError("which METHOD? For example: shoal run phishing 'Marina(Correlated())' --rounds 500")
+        described = ProblemSpec.of(
+            name=problem, clients=clients, dim=dim, noise=noise, lam=lam, loss=loss, split=split, alpha=alpha,
+            seed=problem_seed,
+        )  # fmt: skip
+        spec = RunSpec.of(
+            problem=described, method=method, rounds=1000 if rounds is None and bits is None else rounds, bits=bits,
+            target=target, seed=seed, step=_step(step), multiple=multiple, pl=pl, every=every, chunk=chunk,
+            files=tuple(with_file or ()),
+        )  # fmt: skip
+        out = out or new_folder("run", spec.problem.name)
+    if ranks and not replicated.started_by_torchrun():
+        _check(spec, ranks, out, resuming=resume is not None)
+        raise SystemExit(replicated.launch(ranks, _again(context, out)))
+    _run(spec, out, resuming=resume is not None)
+
+
+def _step(text: str) -> float | Literal["theory"]:
+    if text == "theory":
+        return "theory"
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"--step {text}: 'theory' or a number.") from None
+
+
+def _again(context: typer.Context, out: Path) -> list[str]:
+    """This command's own words, with the folder named, so that all ranks mean the same one."""
+    words = ["run"]
+    there = given(context)
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if name not in there or name == "out":
+            continue
+        value = context.params[name]
+        for one in value if isinstance(value, list | tuple) else [value]:
+            flag = [parameter.opts[0]] if parameter.param_type_name == "option" else []
+            words += flag if one is True else [*flag, str(one)]
+    return words if "resume" in there else [*words, "--out", str(out)]
+
+
+def _objects(spec: RunSpec) -> tuple[Any, Method]:
+    return spec.problem.build(spec.files), parse(spec.method, known_names(spec.files), Method)
+
+
+def _check(spec: RunSpec, ranks: int, out: Path, resuming: bool) -> None:
+    """What can be wrong is said here, once, and not by every rank."""
+    problem, method = _objects(spec)
+    if not 1 <= ranks <= problem.n:
+        raise ConfigError(f"--ranks {ranks} for n={problem.n} clients: from 1 to {problem.n}, since a rank hosts one.")
+    prepare(
+        problem, method, rounds=spec.rounds, bits=spec.bits, target=spec.target, step=spec.step, multiple=spec.multiple,
+        pl=spec.pl,
+    )  # fmt: skip
+    if not resuming:
+        make_folder(out)
+
+
+def _run(spec: RunSpec, out: Path, resuming: bool) -> None:
+    torch.set_num_threads(1)
+    problem, method = _objects(spec)
+    stored = json.loads(spec.model_dump_json())
+    options: dict[str, Any] = {
+        "rounds": spec.rounds, "bits": spec.bits, "target": spec.target, "seed": spec.seed, "step": spec.step,
+        "multiple": spec.multiple, "pl": spec.pl, "every": spec.every, "chunk": spec.chunk, "facts": {"spec": stored},
+    }  # fmt: skip
+    if replicated.started_by_torchrun():
+        with replicated.connected(problem.n, digest(stored)) as channel:
+            first = channel.rank == 0
+            place: dict[str, Any] = {"out": out, "resume": resuming} if first else {}
+            run = simulate(problem, method, channel=channel, **place, **options)
+            words = f"{len(channel.shares)} ranks over gloo; this rank moved {channel.meter.moved:,} bytes"
+        if not first:
+            return
+        _show(run, out, words)
+    else:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[norm]}"))
+        with Progress(*columns, TimeElapsedColumn(), console=err_console, transient=True) as bar:
+            task = bar.add_task("compiling kernels where needed", total=1.0, norm="")
+            run = simulate(problem, method, out=out, resume=resuming, record=_follow(bar, task, spec), **options)
+        _show(run, out, "")
+    _judge(run, spec)
+
+
+def _judge(run: Run, spec: RunSpec) -> None:
+    last = run.rows[-1]
+    if run.stopped == "diverged":
+        fail(f"the run diverged at round {last.round} ({run.note}); take a smaller step.", UNREACHED)
+    if spec.target is not None and run.stopped != "target":
+        fail(f"the target ‖∇f‖² <= {spec.target:g} was not reached: {last.grad_norm_sq:.3g} after {last.round} rounds; "
+             "raise the budget, or try --multiple 4.", UNREACHED)  # fmt: skip
+
+
+def _follow(bar: Progress, task: TaskID, spec: RunSpec) -> Callable[[Row], None]:
+    last = 0.0
+
+    def tell(row: Row) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.1:
+            last = time.monotonic()
+            share = max(row.round / spec.rounds if spec.rounds else 0.0, row.up_bits / spec.bits if spec.bits else 0.0)
+            bar.update(task, completed=min(share, 1.0), description=spec.method, norm=f"‖∇f‖² {row.grad_norm_sq:.2e}")
+
+    return tell
+
+
+def _show(run: Run, out: Path, place: str) -> None:
+    last, table = run.rows[-1], Table(show_header=False, box=None, pad_edge=False)
+    used = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in run.step.constants.items()}
+    lines = {
+        "method": compact(run.method),
+        "step size": f"{run.gamma:.6g}, theory {run.step.gamma:.6g}: {run.step.theorem}",
+        "constants": ", ".join(f"{k} = {v}" for k, v in used.items() if k != "source" and v),
+        "stopped": f"{run.stopped} after {last.round} rounds, {last.seconds:.2f} s {run.note}",
+        "f": f"{last.value:.9g}",
+        "‖∇f‖²": f"{last.grad_norm_sq:.6g}",
+        "bits a client": f"up {last.up_bits:,.0f} (framed {last.up_framed_bits:,.0f}), down {last.down_bits:,.0f} "
+        f"(framed {last.down_framed_bits:,.0f})",
+        "sha256(x)": run.sha256,
+        "folder": str(out),
+    }  # fmt: skip
+    if place:
+        lines["place"] = place
+    for name, value in lines.items():
+        table.add_row(f"[bold]{name}[/bold]", escape(value))
+    Console(width=max(out_console.width, 110) if not out_console.is_terminal else None).print(table)
