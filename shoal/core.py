@@ -71,7 +71,7 @@ class Round:
 
     def coin(self, p: float, stream: str) -> bool:
         """Heads with probability p, the same for all."""
-        return bool(rng.uniform(self.shared(stream), 1).item() < p)
+        return rng.shared_uniform(self.index, rng.stream_id(self.prefix + stream), self.seed) < p
 
     def permutation(self, d: int, stream: str) -> Tensor:
         """(d,) int64: a shared uniform permutation."""

@@ -9,7 +9,7 @@ counters is in `shoal.kernels.reference.words` and `.halves`; LAYOUT numbers it,
 from __future__ import annotations
 
 import zlib
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -44,6 +44,12 @@ def words(draw: Draw, d: int) -> Tensor:
 def uniform(draw: Draw, d: int) -> Tensor:
     """(m, d) float32, uniform on the multiples of 2^-24 in [0, 1)."""
     return (words(draw, d).to(torch.int64) >> 8).to(torch.float32) * 2.0**-24
+
+
+@lru_cache(maxsize=256)
+def shared_uniform(index: int, stream: int, seed: int) -> float:
+    """One number on [0, 1) that everyone derives alike. Remembered: both halves of a method ask for the same coin."""
+    return float(uniform(Draw(SHARED, index, stream, seed), 1).item())
 
 
 def permutation(draw: Draw, d: int) -> Tensor:

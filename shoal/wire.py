@@ -33,7 +33,8 @@ from shoal.errors import BadMagic, ChecksumError, ConfigMismatch, LengthError, R
 HEADER = 64
 VERSION = 1
 DOWN, UP = 0, 1
-_FIELDS = struct.Struct("<4sHBBIIIIQQ8sI12x")
+PADDING = 12
+_FIELDS = struct.Struct(f"<4sHBBIIIIQQ8sI{PADDING}x")
 _MAGIC = b"SHOL"
 
 
@@ -75,6 +76,8 @@ def unframe(frames: Tensor, stamp: Stamp) -> tuple[Tensor, Tensor, Tensor]:
     RoundMismatch (round, attempt, kind), LengthError, ChecksumError. Names the sender's slot.
     """
     raw, width = frames.numpy(), frames.shape[1] - HEADER
+    if width < 0:
+        raise LengthError(f"frames of {frames.shape[1]} bytes: a header alone has {HEADER}.")
     nbytes, slots = np.empty(len(raw), np.int64), np.empty(len(raw), np.int64)
     for i, row in enumerate(raw):
         magic, version, layout, kind, attempt, index, slot, cohort, d, size, digest, crc = _FIELDS.unpack(
@@ -90,10 +93,13 @@ def unframe(frames: Tensor, stamp: Stamp) -> tuple[Tensor, Tensor, Tensor]:
         if (index, attempt, kind) != (stamp.round, stamp.attempt, stamp.kind):
             raise RoundMismatch(f"slot {slot}: round {index}, attempt {attempt}, kind {kind}; here {stamp.round}, "
                                 f"{stamp.attempt}, {stamp.kind}.")  # fmt: skip
+        if slot >= cohort:
+            raise RoundMismatch(f"slot {slot} in a cohort of {cohort}.")
         if size > width:
             raise LengthError(f"slot {slot}: {size} bytes where at most {width} were agreed.")
         head = _header(stamp, slot, size, 0)
-        if crc != zlib.crc32(row[HEADER : HEADER + size].tobytes(), zlib.crc32(head)):
+        clean = not row[_FIELDS.size - PADDING : HEADER].any()  # the CRC covers the zeros that ought to stand there
+        if not clean or crc != zlib.crc32(row[HEADER : HEADER + size].tobytes(), zlib.crc32(head)):
             raise ChecksumError(f"slot {slot}, round {index}: the checksum does not match.")
         nbytes[i], slots[i] = size, slot
     return frames[:, HEADER:], torch.from_numpy(nbytes), torch.from_numpy(slots)

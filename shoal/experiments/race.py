@@ -1,14 +1,16 @@
 """A race: methods x step rules x seeds on one problem, over processes, resumable, every run in its own folder.
 
-Tuning: the multiples 2^LOW..2^HIGH of the theory's step size are tried on the first seed, smallest first; once the
-target has been reached, a later try is stopped when it has spent as many uplink bits as the best so far. The multiple
-with the fewest bits to the target wins, ties go to the smaller; where none reaches the target, the smallest final
-||grad f||^2 wins. The winner then runs on every seed. All tries are kept.
+Tuning: the multiples 2^LOW..2^HIGH of the theory's step size are tried on the first seed, smallest first, each on a
+quarter of the budget; once the target has been reached, a later try is stopped when it has spent as many uplink bits
+as the best so far. The multiple with the fewest bits to the target wins, ties go to the smaller; where no try reaches
+the target, the smallest final ||grad f||^2 wins. The winner then runs on every seed with the whole budget. All tries
+are kept.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -33,6 +35,7 @@ from shoal.experiments.spec import RaceSpec
 from shoal.problems import measured_pm
 
 UNPROVED = (-8, 4)  # exponents tried where no theorem gives a step size: multiples of 1/L_-
+TRY = 0.25  # the share of the budget that a try may spend
 TRAJECTORY = 40  # rounds of gradient descent along which L_± is measured
 
 
@@ -89,40 +92,34 @@ class Job:
         self.method: Method = parse(spec.methods[index], known_names(spec.files), Method)
         self.label, self.slug = compact(self.method), slug(index, compact(self.method))
         self.name = f"{self.label} · {rule}"
+        # Once, for the whole budget: DCGD's theory depends on the horizon, and a try's is shorter.
+        self.theory = prepare(
+            self.problem, self.method, rounds=spec.rounds, bits=spec.bits, target=spec.target, step="theory",
+            multiple=1.0, pl=spec.pl, need_proof=False,
+        )[1]  # fmt: skip
         self._said = 0.0
 
     def run(self) -> str:
         """The name of the job, when all its runs are done."""
-        if self.rule == "theory":
-            for k, seed in enumerate(self.spec.seeds):
-                self._one(1.0, seed, False, self.spec.bits, k / len(self.spec.seeds), 1 / len(self.spec.seeds))
-        else:
-            best = self._tune()
-            for k, seed in enumerate(self.spec.seeds):
-                self._one(
-                    best, seed, False, self.spec.bits, 0.6 + 0.4 * k / len(self.spec.seeds), 0.4 / len(self.spec.seeds)
-                )
+        best, began = (1.0, 0.0) if self.rule == "theory" else (self._tune(), 0.6)
+        share = (1.0 - began) / len(self.spec.seeds)
+        for k, seed in enumerate(self.spec.seeds):
+            self._one(best, seed, False, self.spec.bits, began + k * share, share)
         return self.name
 
     def _tune(self) -> float:
-        low, high = self.spec.tune if self._proved() else UNPROVED
+        low, high = self.spec.tune if self.theory.proved else UNPROVED
         exponents = range(low, high + 1)
         tried: dict[float, Outcome] = {}
         for k, exponent in enumerate(exponents):
             cap = min((o.bits for o in tried.values() if o.reached), default=None)
-            budget = cap if self.spec.bits is None else self.spec.bits if cap is None else min(cap, self.spec.bits)
+            quarter = None if self.spec.bits is None else TRY * self.spec.bits
+            budget = cap if quarter is None else quarter if cap is None else min(cap, quarter)
             share = 0.6 / len(exponents)
             tried[2.0**exponent] = self._one(2.0**exponent, self.spec.seeds[0], True, budget, k * share, share)
         return min(
             tried, key=lambda m: (not tried[m].reached, tried[m].bits if tried[m].reached else tried[m].grad_norm_sq, m)
         )
-
-    def _proved(self) -> bool:
-        s = self.spec
-        return prepare(
-            self.problem, self.method, rounds=s.rounds, bits=s.bits, target=s.target, step="theory", multiple=1.0,
-            pl=s.pl, need_proof=False,
-        )[1].proved  # fmt: skip
 
     def _one(self, multiple: float, seed: int, trial: bool, bits: float | None, at: float, share: float) -> Outcome:
         what = f"x{multiple:g}" if self.rule == "tuned" else "theory"
@@ -132,30 +129,21 @@ class Job:
             norm = done["grad_norm_sq"]
             return Outcome(done["stopped"] == "target", done["up_bits"], norm if norm == norm else float("inf"))
         s = self.spec
-        budget = max(s.rounds or 1, 1)
+        rounds = s.rounds if s.rounds is None or not trial else math.ceil(TRY * s.rounds)
 
         def tell(row: Row) -> None:
             if _stop is not None and _stop.is_set():
                 signal.raise_signal(signal.SIGINT)
             if _told is not None and time.monotonic() - self._said > 0.2:
                 self._said = time.monotonic()
-                spent = max(row.round / budget if s.rounds else 0.0, row.up_bits / bits if bits else 0.0)
-                _told.put(
-                    News(
-                        self.name,
-                        f"{'try ' if trial else ''}{what}, seed {seed}",
-                        at + share * min(spent, 1.0),
-                        row.grad_norm_sq,
-                    )
-                )
+                spent = max(row.round / rounds if rounds else 0.0, row.up_bits / bits if bits else 0.0)
+                where = f"{'try ' if trial else ''}{what}, seed {seed}"
+                _told.put(News(self.name, where, at + share * min(spent, 1.0), row.grad_norm_sq))
 
         place = {"label": self.label, "step": self.rule, "multiple": multiple, "seed": seed, "trial": trial}
-        # Where no theorem applies, tuning multiplies 1/L_- by hand: `step` must then be a number.
-        step: Any = "theory"
-        if not self._proved():
-            step = 1.0 / float(self.problem.smoothness().minus)
+        step: Any = "theory" if self.rule == "theory" else self.theory.gamma
         run: Run = simulate(
-            self.problem, self.method, rounds=s.rounds, bits=bits, target=s.target, seed=seed, step=step,
+            self.problem, self.method, rounds=rounds, bits=bits, target=s.target, seed=seed, step=step,
             multiple=multiple, pl=s.pl, every=s.every, out=folder, resume=True, record=tell, facts={"race": place},
         )  # fmt: skip
         last = run.rows[-1]

@@ -102,7 +102,7 @@ class RaceSpec(Spec):
     """A race, as `shoal race` and the files in shoal/races take it.
 
     steps: "theory", "tuned", or both. Tuning tries the multiples 2^tune[0]..2^tune[1] of the theory's step size (of
-    1/L_- where no theorem gives one, over 2^-8..2^4), each on the first seed.
+    1/L_- where no theorem gives one, over 2^-8..2^4), each on the first seed and a quarter of the budget.
     """
 
     title: str = "A race of compressed methods"

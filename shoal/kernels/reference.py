@@ -139,6 +139,14 @@ def square_norm(x: Tensor) -> float:
     return float(_lane_sums(x.numpy()[None] ** 2)[0])
 
 
+def _total(rows: np.ndarray) -> np.ndarray:
+    """The sum of float64 rows, from 0.0 on, row by row: a sum of negative zeros is then a positive one everywhere."""
+    total = np.zeros(rows.shape[1])
+    for row in rows:
+        total += row
+    return total
+
+
 def add_rows(u: Tensor, total: Tensor) -> None:
     """total (d,) float64 += sum_i u_i, in place, from row 0 to row m-1: chunk after chunk gives one call's bits."""
     for row in u.numpy():
@@ -160,7 +168,7 @@ def _cells(u: Tensor, r: Tensor, steps: int) -> tuple[np.ndarray, np.ndarray]:
     |bias| <= (2^-23 + 2^-48) |u_j| + 2^-40 (2 r / steps), see docs/derivations/compressors.md.
     """
     r_ = r.numpy()
-    lift = np.where(r_ < TINY, LIFT, np.float32(1))
+    lift = np.where((r_ > 0) & (r_ < TINY), LIFT, np.float32(1))
     safe = np.where(r_ == 0, np.float32(1), r_ * lift)
     s = np.where(r_ == 0, np.float32(0), np.float32(steps * 32768) / safe)
     z = (u.numpy() * lift[:, None]) * s[:, None]
@@ -201,8 +209,7 @@ def decode_bits(payload: Tensor, r: Tensor, d: int) -> Tensor:
 
 def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int) -> Tensor:
     """(d,) float64: (1/cohort) sum_i (±r_i), from row 0 to row m-1."""
-    rows = _signs(payload, d) * r.numpy()[:, None].astype(np.float64)
-    return torch.from_numpy(np.add.accumulate(rows, axis=0)[-1] / cohort)
+    return torch.from_numpy(_total(_signs(payload, d) * r.numpy()[:, None].astype(np.float64)) / cohort)
 
 
 def encode_levels(u: Tensor, r: Tensor, private: Draw, tie: Draw, levels: int) -> Tensor:
@@ -229,7 +236,7 @@ def decode_levels(code: Tensor, r: Tensor, levels: int) -> Tensor:
 
 def mean_levels(code: Tensor, r: Tensor, levels: int, cohort: int) -> Tensor:
     """(d,) float64: (1/cohort) sum_i of the grid values, from row 0 to row m-1."""
-    return torch.from_numpy(np.add.accumulate(_grid(code, r, levels), axis=0)[-1] / cohort)
+    return torch.from_numpy(_total(_grid(code, r, levels)) / cohort)
 
 
 # ------------------------------------------------------------------------------------------------ bit streams

@@ -74,6 +74,8 @@ class Classification(Problem):
 
     Raises ConfigError where the parts are not a partition of the rows into nonempty parts, for a loss that is not in
     LOSSES or a negative lam, and DataError for labels other than -1 and +1 or values that are not finite.
+
+    References: arXiv:2102.07845 for the loss "nonconvex"; bounds in docs/derivations/smoothness.md.
     """
 
     def __init__(

@@ -54,6 +54,8 @@ class Quadratics(Problem):
 
     noise = 0 makes all f_i equal (L_± = 0). The same (n, noise, seed) gives the same nu_i for every d. Raises
     ConfigError for n or d below 1, a negative noise or a lam that is not positive.
+
+    References: arXiv:2110.03300; constants in docs/derivations/quadratics.md.
     """
 
     n: int = 10

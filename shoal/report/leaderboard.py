@@ -320,7 +320,8 @@ def print_leaderboard(race: Race, console: Any = None) -> None:
     console.print(table)
     traffic = Table(title="kilobytes a client, up to the target (or the end), medians over seeds")
     for name in ("method", "step", "up", "up, framed", "down", "down, framed"):
-        traffic.add_column(name, justify="left" if name in ("method", "step") else "right")
+        words = name in ("method", "step")
+        traffic.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
     for e in entries:
         sizes = (f"{e.spent[name] / 8000:,.2f}" for name in TRAFFIC)
         traffic.add_row(escape(e.label), e.step, *sizes)
@@ -339,7 +340,7 @@ def _cells(e: Entry) -> dict[str, str]:
     return {
         "method": e.label,
         "step": e.step,
-        "bits": bits(e.bits.median) if e.arrived else f"not reached ({e.reached} of {e.seeds})",
+        "bits": bits(e.bits.median) if e.arrived else f"– ({e.reached} of {e.seeds})",
         "min..max": span(e.bits) if e.arrived and e.seeds > 1 else "",
         "rounds": number(e.rounds.median) if e.arrived else "",
         "vs GD": "" if e.vs_gd is None else ("≥ " if e.vs_gd_at_least else "") + times(e.vs_gd),
