@@ -1,0 +1,103 @@
+"""How everything here is timed: CPU time of one thread, each sample beside a memory copy, medians of the samples.
+
+A copy of the same float32 numbers is timed just before each sample, so that a row says how far from a memory copy it
+is: ratio = median of t_copy / t over the pairs, 1.0 is as fast as a copy, and most of what a slow or busy machine does
+to one it does to the other. CPU time leaves out the time that other processes take, but not what they do to caches and
+memory bandwidth.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent  # where a child process finds both packages
+clock = time.thread_time_ns  # this thread's CPU time: rich's own thread and other processes are not in it
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: samples in `unit`, their ratio to a memory copy, and the goal they should stay below."""
+
+    bench: str
+    name: str
+    unit: str
+    samples: list[float]
+    ratio: float | None = None
+    goal: float | None = None
+    detail: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.samples))
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The 25th and the 75th percentile."""
+        low, high = np.percentile(self.samples, [25, 75])
+        return float(low), float(high)
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median is below the goal; None where there is no goal."""
+        return None if self.goal is None else self.median < self.goal
+
+    def facts(self) -> dict[str, Any]:
+        """The row as JSON has it."""
+        low, high = self.quartiles
+        return {
+            "bench": self.bench, "name": self.name, "unit": self.unit, "median": self.median, "lower_quartile": low,
+            "upper_quartile": high, "samples": len(self.samples), "ratio_to_copy": self.ratio, "goal": self.goal,
+            "met": self.met, "detail": self.detail,
+        }  # fmt: skip
+
+
+def cpu_seconds(call: Callable[[], Any]) -> float:
+    """CPU seconds of this thread in one call."""
+    began = clock()
+    call()
+    return (clock() - began) / 1e9
+
+
+def beside_copy(call: Callable[[], Any], floats: int, repeat: int) -> tuple[list[float], float]:
+    """(CPU seconds of `repeat` calls, median ratio to copying `floats` float32 numbers into a ready buffer).
+
+    The first pair compiles, loads and touches the pages, and is thrown away.
+    """
+    source, target = torch.ones(floats), torch.ones(floats)
+    pairs = []
+    for _ in range(repeat + 1):
+        copy = cpu_seconds(lambda: target.copy_(source))
+        pairs.append((cpu_seconds(call), copy))
+    taken = [t for t, _ in pairs[1:]]
+    return taken, float(np.median([copy / t for t, copy in pairs[1:]]))
+
+
+def normal_rows(m: int, d: int, seed: int) -> torch.Tensor:
+    """(m, d) float32 standard normal numbers, the same on every machine."""
+    return torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).standard_normal((m, d), np.float32))
+
+
+def processor() -> str:
+    """The processor's model as the kernel names it, or its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.machine()
+
+
+def machine_line() -> str:
+    """The machine in a line: cores this process may use, processor, memory, load."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} cores, {processor()}, {memory:.0f} GiB, {platform.system()}; load {os.getloadavg()[0]:.1f}"

@@ -1,0 +1,289 @@
+"""Kernels: numba's and the reference's bytes are equal, for every name in `reference.__all__`, with no tolerance.
+
+CASES says how each kernel is called; a kernel without a case is a failure. Shapes reach one coordinate, both sides of
+a block of 128, one tile and several; scales reach denormals, where the row is lifted first, and the edge of float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from shoal import kernels
+from shoal.kernels import Draw, cpu, reference
+
+SHAPES = [(1, 1), (3, 5), (4, 127), (4, 128), (4, 129), (4, 130), (2, 1000), (3, 2500)]
+SCALES = [0.0, 1e-44, 1e-39, 1e-30, 1.0, 1e30, 3e38]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+scales = pytest.mark.parametrize("scale", SCALES)
+
+
+def same(a: Tensor | float, b: Tensor | float) -> None:
+    """Equal dtype, shape and bytes: -0.0 is not 0.0, and a NaN equals itself."""
+    if isinstance(a, float):
+        assert np.float64(a).tobytes() == np.float64(b).tobytes()
+        return
+    assert (a.dtype, a.shape) == (b.dtype, b.shape)
+    assert a.numpy().tobytes() == b.numpy().tobytes()
+
+
+class Inputs:
+    """Arguments of the given shape and scale, the same in every run."""
+
+    def __init__(self, m: int, d: int, scale: float) -> None:
+        self.m, self.d, self.scale = m, d, scale
+        self.rng = np.random.default_rng([m, d, int(np.float32(scale).view(np.int32))])
+        u = (self.rng.uniform(-1, 1, (m, d)) * scale).astype(np.float32)
+        u[self.rng.random((m, d)) < 0.1] *= np.float32(0)  # zeros of both signs
+        self.u = torch.from_numpy(u)
+        self.r = reference.maxes(self.u)
+        self.slots = torch.from_numpy(self.rng.choice(2**32, m, replace=False))
+        self.private, self.tie = Draw(self.slots, 2**31 + 5, 77, 2**63 + 9), Draw(self.slots, 2**31 + 5, 78, 2**63 + 9)
+        self.bytes = torch.from_numpy(self.rng.integers(0, 256, (m, (d + 7) // 8), np.uint8))
+
+    def codes(self, levels: int) -> Tensor:
+        return torch.from_numpy(self.rng.integers(0, levels, (self.m, self.d)))
+
+    def blocks(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Ragged rows of distinct coordinates, as PermK has them: (values, index, pointer, width)."""
+        lengths = self.rng.integers(0, self.d + 1, self.m)
+        index = torch.from_numpy(np.concatenate([self.rng.permutation(self.d)[:k] for k in lengths]))
+        pointer = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
+        width = int(lengths.max())
+        return reference.gather(self.u, index, pointer, width), index, pointer, width
+
+
+def added(ops: ModuleType, v: Inputs) -> Tensor:
+    total = torch.arange(v.d, dtype=torch.float64) * v.scale
+    assert ops.add_rows(v.u, total) is None
+    return total
+
+
+def rounded(ops: ModuleType, v: Inputs) -> list[Tensor]:
+    """Both scales a caller may give (the largest entry, the norm) and one that rows exceed; strata with and without
+    shifts, where one stratum is independent rounding."""
+    out = []
+    norm = torch.where(torch.isfinite(n := reference.norms(v.u)), n, v.r)
+    for r in (v.r, norm, v.r * 0.75):
+        out.append(ops.encode_bits(v.u, r, v.private, v.tie, 1, torch.zeros(v.m, dtype=torch.int64), None))
+        for strata in (2, 5, 16, 1000):
+            place = torch.arange(v.m) % strata
+            shifts = torch.from_numpy(np.random.default_rng(strata).integers(0, strata, (1, v.d)).astype(np.int32))
+            out.append(ops.encode_bits(v.u, r, v.private, v.tie, strata, place, shifts))
+            out.append(ops.encode_bits(v.u, r, v.private, v.tie, strata, place, None))
+    return out
+
+
+def leveled(ops: ModuleType, v: Inputs) -> list[Tensor]:
+    norm = torch.where(torch.isfinite(n := reference.norms(v.u)), n, v.r)
+    return [ops.encode_levels(v.u, r, v.private, v.tie, s) for r in (v.r, norm) for s in (2, 3, 7, 15, 16, 32767)]
+
+
+def packed(ops: ModuleType, v: Inputs) -> list[Tensor]:
+    return [ops.pack(v.codes(2**bits), bits) for bits in (0, 1, 2, 3, 7, 8, 13, 31)]
+
+
+def sparse(ops: ModuleType, v: Inputs, name: str) -> Tensor:
+    values, index, pointer, width = v.blocks()
+    if name == "gather":
+        return ops.gather(v.u, index, pointer, width)
+    tail = (1.0 / 3.0,) if name == "scatter" else (v.d / 3.0, 7)
+    return getattr(ops, name)(values, index, pointer, v.d, *tail)
+
+
+CASES: dict[str, Callable[[ModuleType, Inputs], object]] = {
+    "add_rows": added,
+    "decode_bits": lambda ops, v: ops.decode_bits(v.bytes, v.r, v.d),
+    "decode_levels": lambda ops, v: [ops.decode_levels(v.codes(s), v.r, s) for s in (2, 3, 16)],
+    "encode_bits": rounded,
+    "encode_levels": leveled,
+    "gather": lambda ops, v: sparse(ops, v, "gather"),
+    "halves": lambda ops, v: ops.halves(v.private, v.d),
+    "maxes": lambda ops, v: ops.maxes(v.u),
+    "mean_bits": lambda ops, v: ops.mean_bits(v.bytes, v.r, v.d, 7),
+    "mean_levels": lambda ops, v: [ops.mean_levels(v.codes(s), v.r, s, 7) for s in (2, 3, 16)],
+    "mean_rows": lambda ops, v: ops.mean_rows(v.u, 7),
+    "mean_sparse": lambda ops, v: sparse(ops, v, "mean_sparse"),
+    "norms": lambda ops, v: ops.norms(v.u),
+    "pack": packed,
+    "permutation": lambda ops, v: ops.permutation(v.private, v.d),
+    "scatter": lambda ops, v: sparse(ops, v, "scatter"),
+    "square_norm": lambda ops, v: ops.square_norm(v.u[0].double()),
+    "support": lambda ops, v: [ops.support(v.private, v.d, k) for k in {1, (v.d + 1) // 2, v.d, max(1, v.d // 40)}],
+    "topk": lambda ops, v: [ops.topk(v.u, k) for k in {1, (v.d + 1) // 2, v.d}],
+    "unpack": lambda ops, v: [
+        ops.unpack(reference.pack(v.codes(2**bits), bits), v.d, bits) for bits in (0, 1, 2, 3, 7, 8, 13, 31)
+    ],
+    "words": lambda ops, v: ops.words(v.private, v.d),
+}
+
+
+def test_every_kernel_has_a_case_and_a_twin():
+    assert sorted(CASES) == sorted(reference.__all__)
+    assert all(callable(getattr(cpu, name)) for name in reference.__all__)
+    assert kernels.of(torch.zeros(1)) is cpu, "numba is installed wherever the tests run"
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+@shapes
+@scales
+def test_equal_bytes(name, shape, scale):
+    # numpy warns of overflowing sums at 3e38, which are among the answers to compare.
+    with np.errstate(over="ignore", invalid="ignore"):
+        ours, theirs = CASES[name](reference, Inputs(*shape, scale)), CASES[name](cpu, Inputs(*shape, scale))
+    for a, b in zip(*(x if isinstance(x, list) else [x] for x in (ours, theirs)), strict=True):
+        same(a, b)
+
+
+# ------------------------------------------------------------------------------------------------ ties
+def on_the_border(h: np.ndarray, strata: int, place: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """Vectors for r = 1 whose y lies on the 16-bit cell of each coordinate's own random half: z = cell + fraction."""
+    cell = h.astype(np.int64) + place * 65536 - strata * 32768
+    fraction = rng.choice([0.0, 0.25, 0.5, 0.75], cell.shape)
+    return torch.from_numpy(((cell + fraction) / (strata * 32768.0)).astype(np.float32))
+
+
+@pytest.mark.parametrize("strata", [1, 2, 4, 64])
+def test_ties_of_bits_are_settled_alike(strata):
+    """Every coordinate is made to tie with its half (counted), so every bit comes from the second word."""
+    v = Inputs(3, 2500, 1.0)
+    place = torch.arange(3) % strata
+    shifts = torch.from_numpy(v.rng.integers(0, strata, (1, 2500)).astype(np.int32))
+    at = ((place[:, None] + shifts.long()) % strata).numpy()
+    h, r = reference.halves(v.private, 2500).numpy(), torch.ones(3)
+    u = on_the_border(h, strata, at, v.rng)
+    cell, fraction = reference._cells(u, r, strata)
+    ties = (cell + strata * 32768 - at * 65536 == h).mean()
+    assert ties > 0.99, "the vectors miss the border"
+    arguments = (u, r, v.private, v.tie, strata, place, shifts)
+    same(reference.encode_bits(*arguments), cpu.encode_bits(*arguments))
+    bits = reference.unpack(reference.encode_bits(*arguments), 2500, 1).numpy()
+    second = (reference.words(v.tie, 2500).numpy() >> 8) * 2.0**-24
+    assert np.array_equal(bits, second < fraction), "a tie is settled by v < fraction"
+
+
+@pytest.mark.parametrize("levels", [3, 5, 9])
+def test_ties_of_levels_are_settled_alike(levels):
+    v = Inputs(3, 2500, 1.0)
+    h, r = reference.halves(v.private, 2500).numpy().astype(np.int64), torch.ones(3)
+    below = v.rng.integers(0, levels - 1, h.shape)
+    z = (below << 16) + h - (levels - 1) * 32768 + v.rng.choice([0.0, 0.25, 0.5, 0.75], h.shape)
+    u = torch.from_numpy((z / ((levels - 1) * 32768.0)).astype(np.float32))
+    cell, fraction = reference._cells(u, r, levels - 1)
+    assert (((cell + (levels - 1) * 32768) & 65535) == h).mean() > 0.9
+    arguments = (u, r, v.private, v.tie, levels)
+    same(reference.encode_levels(*arguments), cpu.encode_levels(*arguments))
+    code = reference.unpack(reference.encode_levels(*arguments), 2500, (levels - 1).bit_length()).numpy()
+    second = (reference.words(v.tie, 2500).numpy() >> 8) * 2.0**-24
+    y = cell + (levels - 1) * 32768
+    tied = (y & 65535) == h
+    assert np.array_equal((code - (y >> 16))[tied], (second < fraction)[tied])
+
+
+@pytest.mark.parametrize("strata", [1, 5])
+@scales
+def test_a_scale_of_zero_gives_fair_bits(strata, scale):
+    """Whatever stands in the row: as the docstring says, and alike in both modules."""
+    v = Inputs(3, 130, scale)
+    arguments = (torch.zeros(3), v.private, v.tie, strata, torch.arange(3), torch.zeros(1, 130, dtype=torch.int32))
+    bits = reference.encode_bits(torch.zeros(3, 130), *arguments)
+    for ops in (reference, cpu):
+        same(ops.encode_bits(v.u, *arguments), bits)
+    if strata == 1:
+        fair = reference.unpack(bits, 130, 1).double().mean()
+        assert abs(float(fair) - 0.5) < 6 * 0.5 / 390**0.5  # six standard errors: 2e-9
+
+
+def test_topk_ties_go_to_the_lowest_index():
+    u = torch.tensor([[1.0, -2.0, 2.0, 0.0, -0.0, 1.0, -1.0, 2.0]])
+    expected = {1: [1], 2: [1, 2], 3: [1, 2, 7], 4: [0, 1, 2, 7], 7: [0, 1, 2, 3, 5, 6, 7]}
+    for ops in (reference, cpu):
+        assert {k: ops.topk(u, k)[0].tolist() for k in expected} == expected
+
+
+# ------------------------------------------------------------------------------------------------ meaning
+@pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
+def test_norms_are_rounded_up(ops):
+    """r >= ||u|| always, and r is the least such float32: one step down is below the norm."""
+    for scale in SCALES[1:]:
+        u = Inputs(4, 130, scale).u
+        with np.errstate(over="ignore"):
+            r = ops.norms(u).numpy()
+        exact = np.array([np.sqrt(sum(float(x) ** 2 for x in row)) for row in u])
+        below = np.nextafter(r, np.float32(0)).astype(np.float64)
+        # The exact norm is itself summed in float64, in another order: good to 1e-14.
+        assert (r.astype(np.float64) >= exact * (1 - 1e-14)).all()
+        assert (below <= exact * (1 + 1e-14)).all()
+        assert (r >= u.abs().max(1).values.numpy()).all()
+
+
+@pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
+def test_maxes_sees_what_is_not_finite(ops):
+    u = torch.zeros(4, 9)
+    u[0, 3], u[1, 8], u[2, 0] = float("nan"), float("-inf"), -3.0
+    top = ops.maxes(u)
+    assert torch.isnan(top[0])
+    assert top[1:].tolist() == [float("inf"), 3.0, 0.0]
+
+
+@pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
+def test_sums_run_from_row_to_row(ops):
+    """Chunk after chunk gives the bits of one call, and the order is that of the rows: 2^60 + 1 - 2^60 = 0, not 1."""
+    u = Inputs(7, 130, 1.0).u
+    for cut in (1, 3, 6):
+        total = torch.zeros(130, dtype=torch.float64)
+        ops.add_rows(u[:cut], total)
+        ops.add_rows(u[cut:], total)
+        same(total / 7, ops.mean_rows(u, 7))
+    assert ops.mean_rows(torch.tensor([[2.0**60], [1.0], [-(2.0**60)]]), 1).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
+def test_means_of_codes_are_means_of_rows(ops):
+    v = Inputs(4, 130, 1.0)
+    same(ops.mean_bits(v.bytes, v.r, 130, 9), ops.mean_rows(ops.decode_bits(v.bytes, v.r, 130), 9))
+    values, index, pointer, _ = v.blocks()
+    # A power of two scales exactly, so that scaling the sum is scaling the rows.
+    rows = ops.scatter(values, index, pointer, 130, 4.0)
+    same(ops.mean_sparse(values, index, pointer, 130, 4.0, 9) + 0.0, ops.mean_rows(rows, 9) + 0.0)
+
+
+@given(st.data())
+def test_pack_and_unpack(data):
+    """unpack(pack(v)) = v; the bytes are the little-endian bytes of sum_j v_j 2^(j b), in both modules."""
+    bits, m, count = data.draw(st.integers(0, 40)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 70))
+    rows = [data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=count, max_size=count)) for _ in range(m)]
+    values = torch.tensor(rows)
+    packed = [ops.pack(values, bits) for ops in (reference, cpu)]
+    same(*packed)
+    size = (count * bits + 7) // 8
+    for row, out in zip(rows, packed[0], strict=True):
+        assert out.numpy().tobytes() == sum(v << (j * bits) for j, v in enumerate(row)).to_bytes(size, "little")
+    for ops in (reference, cpu):
+        same(ops.unpack(packed[0], count, bits), values)
+
+
+@given(st.data())
+def test_equal_bytes_on_any_floats(data):
+    """Rounding and selection on vectors of arbitrary finite floats, mixed over 80 orders of magnitude."""
+    d = data.draw(st.integers(1, 20))
+    finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    u = torch.tensor([data.draw(st.lists(finite, min_size=d, max_size=d)) for _ in range(2)])
+    r, slots = reference.maxes(u), torch.tensor([0, 1])
+    private = Draw(slots, 0, 1, data.draw(st.integers(0, 2**64 - 1)))
+    tie, shifts = private._replace(stream=2), torch.zeros(1, d, dtype=torch.int32)
+    for strata in (1, 3):
+        arguments = (u, r, private, tie, strata, slots, shifts)
+        same(reference.encode_bits(*arguments), cpu.encode_bits(*arguments))
+    same(reference.encode_levels(u, r, private, tie, 7), cpu.encode_levels(u, r, private, tie, 7))
+    same(reference.topk(u, (d + 1) // 2), cpu.topk(u, (d + 1) // 2))
+    same(reference.maxes(u), cpu.maxes(u))
+    with np.errstate(over="ignore"):
+        same(reference.norms(u), cpu.norms(u))

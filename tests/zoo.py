@@ -1,0 +1,196 @@
+"""The zoo: every compressor, method and problem of the library, with the parameters that reach its special cases.
+
+The batteries run over these lists. Whoever adds a public class adds a line here; `test_public` fails otherwise.
+`trace` is the fingerprint of a run that all runtimes must share, `inputs` are the families of vectors on which
+compressors are measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from shoal.compressors import QSGD, Correlated, Dense, Independent, PermK, RandK, TopK
+from shoal.compressors.correlated import agree_locally
+from shoal.core import Channel, Compressor, Messages, Method, Problem, Round, State
+from shoal.descents import Step
+from shoal.errors import ConfigError
+from shoal.methods import DCGD, EF21, GD, Diana, Marina
+from shoal.problems import Classification, Quadratics
+from shoal.runtimes import Local, rounds
+from shoal.theory import Setting
+
+# ------------------------------------------------------------------------------------------------ compressors
+COMPRESSORS: list[Compressor] = [
+    Dense(),
+    RandK(1),
+    RandK(3),
+    RandK(0.3),
+    TopK(1),
+    TopK(3),
+    TopK(0.3),
+    PermK(),
+    QSGD(1),
+    QSGD(3),
+    QSGD(7),
+    Independent(),
+    Correlated(),
+    Correlated("own"),
+    Correlated("own", numerical=True),
+    Correlated("max"),
+    Correlated("max", numerical=True),
+]
+SHAPES = [(5, 12), (5, 7), (4, 130), (3, 8), (6, 3), (7, 3), (5, 1), (1, 9), (1, 1), (2, 2)]
+FAMILIES = ["gaussian", "identical", "one-hot", "two-hot", "cauchy", "zeros"]
+
+
+def fits(compressor: Compressor, n: int, d: int) -> bool:
+    """Whether n clients can compress d coordinates with it."""
+    try:
+        compressor.check(n, d)
+    except ConfigError:
+        return False
+    return True
+
+
+def inputs(family: str, n: int, d: int) -> Tensor:
+    """(n, d) float32, the same in every run; every family but zeros has entries of magnitude about 1."""
+    rng = np.random.default_rng(7)
+    if family == "identical":
+        u = np.tile(rng.normal(size=d), (n, 1))
+    elif family == "one-hot":
+        u = np.stack([np.roll(np.eye(d)[0] * (i + 1) / n, i) for i in range(n)])
+    elif family == "two-hot":
+        pair = np.zeros(d)
+        pair[: min(d, 2)] = [1.0, 0.5][: min(d, 2)]
+        u = np.stack([np.roll(pair, i) for i in range(n)])
+    elif family == "cauchy":  # quantiles of the Cauchy law, in an order of its own for each client
+        tails = np.tan(np.pi * ((np.arange(d) + 0.5) / d - 0.5))
+        u = np.stack([rng.permutation(tails) for _ in range(n)])
+    else:
+        u = rng.normal(size=(n, d)) * (0.0 if family == "zeros" else 1.0)
+    return torch.from_numpy(u.astype(np.float32))
+
+
+def round_of(compressor: Compressor, u: Tensor, index: int = 0, seed: int = 0) -> Round:
+    """A round in which the rows of u are all the clients there are, with the scale agreed on where one is needed."""
+    return agree_locally(u, compressor, Round.full(index, seed, len(u)))
+
+
+def rows_of(msgs: Messages) -> list[bytes]:
+    """Each row's bytes, as they travel."""
+    return [row[:size].numpy().tobytes() for row, size in zip(msgs.payload, msgs.nbytes.tolist(), strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------ problems
+def classification(loss: str = "logistic", n: int = 5, rows: int = 60, d: int = 12) -> Classification:
+    """Sparse rows with labels that a noisy linear rule gave them, in uneven parts."""
+    rng = np.random.default_rng(3)
+    A = rng.normal(size=(rows, d)) * (rng.random((rows, d)) < 0.5)
+    y = np.where(A @ rng.normal(size=d) + 0.5 * rng.normal(size=rows) > 0, 1.0, -1.0)
+    cuts = np.sort(rng.choice(np.arange(1, rows), n - 1, replace=False))
+    return Classification(csr_array(A), y, np.split(rng.permutation(rows), cuts), loss, lam=0.05, name="made")
+
+
+CONVEX = Quadratics(n=5, d=12, noise=0.05, lam=1e-1)  # every f_i is convex and has a lower bound
+MIXED = Quadratics(n=5, d=12, noise=0.8, lam=1e-1, seed=3)  # some f_i are not, and have none
+EQUAL = Quadratics(n=5, d=12, noise=0.0, lam=1e-1)  # all f_i are the same: L_± = 0
+PROBLEMS: list[Problem] = [CONVEX, MIXED, EQUAL, classification("logistic"), classification("nonconvex")]
+
+
+# ------------------------------------------------------------------------------------------------ methods
+def has(compressor: Compressor, constant: str) -> bool:
+    """Whether it states this constant (a scale shared by all clients has no omega, whatever its class says)."""
+    return hasattr(compressor, constant) and not (constant == "omega" and compressor.agrees)
+
+
+METHODS: list[Method] = [
+    GD(),
+    *(DCGD(c) for c in COMPRESSORS),
+    *(Diana(c) for c in COMPRESSORS if has(c, "omega")),
+    Diana(RandK(3), shift=0.1),
+    *(Marina(c) for c in COMPRESSORS if has(c, "ab")),
+    *(Marina(c, p=0.3) for c in COMPRESSORS if has(c, "ab")),  # at this small d the best p is often 1
+    *(EF21(c) for c in COMPRESSORS if has(c, "alpha")),
+]
+
+
+def setting(problem: Problem, horizon: int | None = 100, pl: bool = False, target: float | None = None) -> Setting:
+    """What is known of a problem before a run of so many rounds."""
+    f0 = float(problem.evaluate(problem.start(), torch.arange(problem.n))[0].mean())
+    return Setting(problem.n, problem.d, problem.smoothness(), horizon, None, target, f0, pl)
+
+
+# ------------------------------------------------------------------------------------------------ traces
+class Tap:
+    """Mixed into a channel: adds what is gathered to a SHA-256, each row with its slot and length."""
+
+    heard = hashlib.sha256()
+
+    def gather(self, up: Messages, width: int, rnd: Round) -> Messages:
+        up = super().gather(up, width, rnd)  # type: ignore[misc]
+        for slot, row in zip(up.slots.tolist(), rows_of(up), strict=True):
+            self.heard.update(f"{slot}:{len(row)}:".encode() + row)
+        return up
+
+
+class TappedLocal(Tap, Local):
+    """The simulator, tapped."""
+
+
+def trace(
+    problem: Problem,
+    method: Method,
+    channel: Callable[[], Channel] = lambda: TappedLocal(5),
+    chunk: int | None = None,
+    measure: bool = True,
+    length: int = 9,
+    gamma: float = 0.125,
+) -> dict[str, object]:
+    """The SHA-256 of all uplink payloads and all iterates of a run, and what its meter counted as payload."""
+    opened = channel()
+    opened.heard = hashlib.sha256()  # type: ignore[attr-defined]
+    mine = problem.only(opened.clients) if len(opened.clients) < problem.n else problem
+    iterates = hashlib.sha256()
+    for event in rounds(method, Step(gamma), mine, opened, seed=11, chunk=chunk):
+        iterates.update(event.state.x.numpy().tobytes())
+        if measure:
+            iterates.update(repr(event.measured).encode())
+        if event.state.index == length:
+            break
+    meter = event.state.meter
+    counted = [meter.up, meter.down, meter.up_framed, meter.down_framed]
+    return {"payloads": opened.heard.hexdigest(), "iterates": iterates.hexdigest(), "meter": counted}  # type: ignore[attr-defined]
+
+
+def resolved(method: Method, problem: Problem) -> Method:
+    """The method with all its numbers, ready to run on the problem."""
+    method.check(problem.n, problem.d)
+    return method.resolved(setting(problem))
+
+
+def copied(state: State) -> State:
+    """A state that shares no memory with the original: what a checkpoint would hold."""
+
+    def clone(part: object) -> object:
+        return type(part)(*(v.clone() for v in part)) if part else part  # type: ignore[attr-defined,call-arg]
+
+    parts = {name: clone(getattr(state, name)) for name in ("server", "workers", "descent")}
+    return replace(state, x=state.x.clone(), **parts, meter=replace(state.meter))
+
+
+def jobs() -> dict[str, Callable[[Callable[[], Channel]], dict[str, object]]]:
+    """name -> trace over a channel: every method on quadratics, and one of each kind on data."""
+
+    def job(problem: Problem, method: Method) -> Callable[[Callable[[], Channel]], dict[str, object]]:
+        return lambda channel: trace(problem, resolved(method, problem), channel)
+
+    on_data = [GD(), Diana(QSGD(3)), Marina(Correlated(), p=0.3), Marina(PermK(), p=0.3), EF21(TopK(3))]
+    pairs = [(MIXED, m) for m in METHODS] + [(p, m) for p in PROBLEMS[3:] for m in on_data]
+    return {f"{problem!r} {method!r}": job(problem, method) for problem, method in pairs}
