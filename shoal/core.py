@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from shoal import kernels, rng
-from shoal.errors import ConfigError, LengthError, NonFiniteError
+from shoal.errors import ConfigError, LengthError, NonFiniteError, PayloadError
 from shoal.theory import AB, Setting, Smoothness, StepSize, independent
 
 Vector = Tensor  # (d,) float32
@@ -133,22 +133,30 @@ def as_floats(b: Tensor) -> Tensor:
     return flat.view(torch.float32).reshape(len(b), b.shape[1] // 4)
 
 
-def checked_rows(u: Rows, rnd: Round, gain: float = 1.0) -> Rows:
+def finite_floats(b: Tensor, gain: float = 1.0) -> Tensor:
+    """(m, c) float32 of received bytes. Raises PayloadError unless they stay finite when multiplied by `gain`."""
+    values = as_floats(b)
+    if values.numel() and not bool((kernels.of(values).maxes(values).double() * gain <= FLOAT_MAX).all()):
+        raise PayloadError("a value is not finite, or not once it is scaled.")
+    return values
+
+
+def checked_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 1.0) -> Rows:
     """u itself (contiguous, detached), if it can be compressed: the first line of every `encode`.
 
     Raises ConfigError for a wrong shape or dtype, NonFiniteError for a NaN, an infinity, or a finite value that
-    overflows float32 once multiplied by `gain`. Names the client.
+    overflows float32 once multiplied by `gain(d)`. Names the client.
     """
     if u.ndim != 2 or u.dtype != torch.float32 or u.shape[0] != len(rnd.slots) or u.shape[1] == 0:
         raise ConfigError(
             f"compressing {tuple(u.shape)} {u.dtype} for {len(rnd.slots)} clients: rows are (m, d) float32 with d >= 1."
         )
-    u = u.detach().contiguous()
+    u, factor = u.detach().contiguous(), gain(u.shape[1])
     top = kernels.of(u).maxes(u)
-    bad = ~(top.double() * gain <= FLOAT_MAX)
+    bad = ~(top.double() * factor <= FLOAT_MAX)
     if bool(bad.any()):
         who, value = int(rnd.clients[bad][0]), float(top[bad][0])
-        what = f"overflows float32 when scaled by {gain:g}" if value < float("inf") else "is not finite"
+        what = f"overflows float32 when scaled by {factor:g}" if value < float("inf") else "is not finite"
         raise NonFiniteError(f"client {who}, round {rnd.index}: an entry of magnitude {value:g} {what}.")
     return u
 
@@ -171,6 +179,13 @@ class Compressor(ABC):
     @abstractmethod
     def capacity(self, n: int, d: int) -> int:
         """Bytes: an upper bound of a message's length, known without the data."""
+
+    def predicted_bits(self, n: int, d: int) -> float:
+        """Uplink bits a client a round, agreement included: what p and horizons are chosen by, never what is counted.
+
+        8 times the capacity; a code of variable length states the mean that it measures.
+        """
+        return 8.0 * self.capacity(n, d) + (32.0 if self.agrees else 0.0)
 
     def prepare(self, u: Rows, rnd: Round) -> Tensor:
         """(m,) float32: what each client brings to the agreement (only where `agrees`)."""
@@ -212,16 +227,16 @@ def require(compressor: Compressor, constant: str, method: str, mend: str) -> No
         )
 
 
-def ab_for_all_inputs(compressor: Compressor, setting: Setting) -> AB:
+def ab_for_inputs(compressor: Compressor, setting: Setting, equal: bool) -> AB:
     """The compressor's AB inequality (the best of those that hold) for these smoothness constants.
 
-    Raises ConfigError where it is stated for equal inputs only and the problem's clients differ.
+    Raises ConfigError where it is stated for equal inputs only and what the method compresses is not `equal`.
     """
     ab: AB = compressor.ab(setting.n, setting.d)  # type: ignore[attr-defined]
-    if ab.evidence == "homogeneous" and setting.smoothness.pm > 0:
+    if ab.evidence == "homogeneous" and not equal:
         raise ConfigError(
-            f"{compressor!r} states an AB inequality for equal inputs only ({ab.source}), and here L_± = "
-            f"{setting.smoothness.pm!r} > 0: take a compressor whose inequality holds for all inputs."
+            f"{compressor!r} states an AB inequality for equal inputs only ({ab.source}), and the clients' differ "
+            f"here (L_± = {setting.smoothness.pm!r}): take a compressor whose inequality holds for all inputs."
         )
     return ab.best(setting.smoothness)
 
@@ -256,7 +271,7 @@ class Dense(Compressor):
         return Messages.of(as_bytes(checked_rows(u, rnd)), rnd, u.shape[1])
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
-        return as_floats(msgs.checked(4 * msgs.d))
+        return finite_floats(msgs.checked(4 * msgs.d))
 
     def omega(self, d: int) -> float:
         """0: nothing is lost."""

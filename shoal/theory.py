@@ -131,11 +131,18 @@ def step_size_pl(L_minus: float, Gamma: float, p: float, mu: float) -> float:
     return min(1.0 / (L_minus + math.sqrt(2.0 * (1.0 - p) / p * Gamma)), p / (2.0 * mu))
 
 
-def best_p(full_bits: float, code_bits: float, L_minus: float, Gamma: float, mu: float | None = None) -> float:
-    """The p in [code_bits / (10 full_bits), 1] with the fewest predicted bits to any accuracy.
+def predicted_bits(
+    p: float, full_bits: float, code_bits: float, L_minus: float, Gamma: float, mu: float | None = None
+) -> float:
+    """(p full_bits + (1-p) code_bits) / gamma(p): bits a client to any accuracy, up to a factor without p."""
+    gamma = step_size(L_minus, Gamma, p) if mu is None else step_size_pl(L_minus, Gamma, p, mu)
+    return (p * full_bits + (1.0 - p) * code_bits) / gamma
 
-    Those are (p full_bits + (1-p) code_bits) / gamma(p), with the lemma's step size (under PL: the one of `mu`), up to
-    a factor that does not depend on p. The floor keeps p away from 0 where Gamma = 0 and any p is as good: there full
+
+def best_p(full_bits: float, code_bits: float, L_minus: float, Gamma: float, mu: float | None = None) -> float:
+    """The p in [code_bits / (10 full_bits), 1] with the fewest `predicted_bits`; `mu` where the PL step size is used.
+
+    The floor keeps p away from 0 where Gamma = 0 and any p is as good: there full
     gradients cost at most a tenth of the compressed messages. One-dimensional, bounded, on log p.
     """
     floor = min(1.0, code_bits / (10.0 * full_bits))
@@ -143,9 +150,7 @@ def best_p(full_bits: float, code_bits: float, L_minus: float, Gamma: float, mu:
         return 1.0
 
     def bits(log_p: float) -> float:
-        p = math.exp(log_p)
-        gamma = step_size(L_minus, Gamma, p) if mu is None else step_size_pl(L_minus, Gamma, p, mu)
-        return (p * full_bits + (1.0 - p) * code_bits) / gamma
+        return predicted_bits(math.exp(log_p), full_bits, code_bits, L_minus, Gamma, mu)
 
     # Under PL the objective has a corner, where the cap p / (2 mu) sets in: a grid finds the dip, a search its floor.
     low, points = math.log(floor), 256

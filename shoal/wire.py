@@ -98,7 +98,8 @@ def unframe(frames: Tensor, stamp: Stamp) -> tuple[Tensor, Tensor, Tensor]:
         if size > width:
             raise LengthError(f"slot {slot}: {size} bytes where at most {width} were agreed.")
         head = _header(stamp, slot, size, 0)
-        clean = not row[_FIELDS.size - PADDING : HEADER].any()  # the CRC covers the zeros that ought to stand there
+        # The CRC is of the header as it ought to be: what must be zero is looked at apart.
+        clean = not row[HEADER - PADDING : HEADER].any() and not row[HEADER + size :].any()
         if not clean or crc != zlib.crc32(row[HEADER : HEADER + size].tobytes(), zlib.crc32(head)):
             raise ChecksumError(f"slot {slot}, round {index}: the checksum does not match.")
         nbytes[i], slots[i] = size, slot

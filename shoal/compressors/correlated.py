@@ -17,8 +17,8 @@ from torch import Tensor
 
 from shoal import kernels, rng
 from shoal.compressors.dither import checked_scale, read_scale
-from shoal.core import Compressor, Messages, Round, Rows, Vector, as_bytes, checked_rows
-from shoal.errors import ConfigError
+from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, Vector, as_bytes, checked_rows
+from shoal.errors import ConfigError, PayloadError
 from shoal.theory import AB
 
 
@@ -96,6 +96,8 @@ class Correlated(Compressor):
         u, ops, d = checked_rows(u, rnd), kernels.of(u), u.shape[1]
         if self.agrees:
             r = self._agreed(rnd, len(u))
+            if len(u) and float(ops.maxes(u).max()) > float(r[0]):
+                raise ConfigError(f"the agreed scale {float(r[0]):g} is smaller than an entry; agree on max |u_ij|.")
         else:
             r = checked_scale(ops.norms(u) if self.scale == "own" else ops.maxes(u), rnd)
         place = rnd.permutation(rnd.cohort, "Correlated.places")[rnd.slots]
@@ -118,6 +120,8 @@ class Correlated(Compressor):
                 "Correlated(scale='shared') needs the scale that all clients agreed on: pass "
                 "replace(rnd, agreed=float(prepare(u, rnd).max())), or take scale='own'."
             )
+        if not 0.0 <= rnd.agreed <= FLOAT_MAX:
+            raise PayloadError(f"the agreed scale {rnd.agreed!r} is not a finite number >= 0.")
         return torch.full((m,), rnd.agreed)
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shoal import kernels
-from shoal.core import Compressor, Messages, Round, Rows, Vector, as_bytes, as_floats, checked_rows
+from shoal.core import Compressor, Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats
 from shoal.theory import AB
 
 
@@ -65,8 +65,8 @@ class PermK(Compressor):
         return torch.from_numpy(order[spread]), torch.from_numpy(pointer), n
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
+        u = checked_rows(u, rnd, gain=lambda d: min(rnd.cohort, d))
         d = u.shape[1]
-        u = checked_rows(u, rnd, gain=min(rnd.cohort, d))
         index, pointer, _ = self._index(rnd.slots, d, rnd)
         values = kernels.of(u).gather(u, index, pointer, self.capacity(rnd.cohort, d) // 4)
         return Messages.of(as_bytes(values), rnd, d, 4 * pointer.diff())
@@ -81,4 +81,4 @@ class PermK(Compressor):
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor, Tensor, int]:
         index, pointer, scale = self._index(msgs.slots, msgs.d, rnd)
-        return as_floats(msgs.checked(4 * pointer.diff())), index, pointer, scale
+        return finite_floats(msgs.checked(4 * pointer.diff()), scale), index, pointer, scale

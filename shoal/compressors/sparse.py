@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shoal import kernels, rng
-from shoal.core import Compressor, Messages, Round, Rows, Unbiased, Vector, as_bytes, as_floats, checked_rows
+from shoal.core import Compressor, Messages, Round, Rows, Unbiased, Vector, as_bytes, checked_rows, finite_floats
 from shoal.errors import ConfigError, PayloadError
 
 
@@ -70,8 +70,8 @@ class RandK(Unbiased):
         return rng.support(rnd.draw("RandK.support", slots), d, kept(self.k, d, "RandK"))
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
+        u = checked_rows(u, rnd, gain=lambda d: d / kept(self.k, d, "RandK"))
         d = u.shape[1]
-        u = checked_rows(u, rnd, gain=d / kept(self.k, d, "RandK"))
         index = self._index(rnd.slots, d, rnd)
         m, k = index.shape
         values = kernels.of(u).gather(u, index.reshape(-1), uniform_pointer(m, k), k)
@@ -86,10 +86,10 @@ class RandK(Unbiased):
         return kernels.of(values).mean_sparse(values, index, pointer, msgs.d, scale, rnd.cohort).float()
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor, Tensor, float]:
-        values = as_floats(msgs.checked(self.capacity(rnd.n, msgs.d)))
+        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
         index = self._index(msgs.slots, msgs.d, rnd)
         m, k = index.shape
-        return values, index.reshape(-1), uniform_pointer(m, k), msgs.d / k
+        return finite_floats(payload, msgs.d / k), index.reshape(-1), uniform_pointer(m, k), msgs.d / k
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,9 @@ class TopK(Compressor):
         return 4 * k + (k * (d - 1).bit_length() + 7) // 8
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        u, d = checked_rows(u, rnd), u.shape[1]
-        k, ops = kept(self.k, d, "TopK"), kernels.of(u)
+        u = checked_rows(u, rnd)
+        d, ops = u.shape[1], kernels.of(u)
+        k = kept(self.k, d, "TopK")
         index = ops.topk(u, k)
         values = ops.gather(u, index.reshape(-1), uniform_pointer(len(u), k), k)
         return Messages.of(torch.cat([as_bytes(values), ops.pack(index, (d - 1).bit_length())], 1), rnd, d)
@@ -142,4 +143,4 @@ class TopK(Compressor):
         index = kernels.of(payload).unpack(payload[:, 4 * k :].contiguous(), k, (d - 1).bit_length())
         if bool((index >= d).any()) or bool((index[:, 1:] <= index[:, :-1]).any()):
             raise PayloadError(f"TopK(k={k}): indices must ascend within 0..{d - 1}.")
-        return as_floats(payload[:, : 4 * k]), index.reshape(-1), uniform_pointer(len(payload), k)
+        return finite_floats(payload[:, : 4 * k]), index.reshape(-1), uniform_pointer(len(payload), k)

@@ -28,24 +28,14 @@ _MAGIC, _TOP = np.uint64(0x0102040810204080), np.uint64(56)
 
 # ------------------------------------------------------------------------------------------------ random words
 @njit(inline="always")
-def _mix(c0, c1, c2, c3, k0, k1):
-    p0 = _M0 * c0
-    p1 = _M1 * c2
-    return (p1 >> _SHIFT) ^ c1 ^ k0, p1 & _LOW, (p0 >> _SHIFT) ^ c3 ^ k1, p0 & _LOW
-
-
-@njit(inline="always")
 def _philox(c0, c1, c2, c3, k0, k1):
-    c0, c1, c2, c3 = _mix(c0, c1, c2, c3, k0, k1)
-    c0, c1, c2, c3 = _mix(c0, c1, c2, c3, (k0 + _W0) & _LOW, (k1 + _W1) & _LOW)
-    c0, c1, c2, c3 = _mix(c0, c1, c2, c3, (k0 + _W0 * np.uint64(2)) & _LOW, (k1 + _W1 * np.uint64(2)) & _LOW)
-    c0, c1, c2, c3 = _mix(c0, c1, c2, c3, (k0 + _W0 * np.uint64(3)) & _LOW, (k1 + _W1 * np.uint64(3)) & _LOW)
-    c0, c1, c2, c3 = _mix(c0, c1, c2, c3, (k0 + _W0 * np.uint64(4)) & _LOW, (k1 + _W1 * np.uint64(4)) & _LOW)
-    c0, c1, c2, c3 = _mix(c0, c1, c2, c3, (k0 + _W0 * np.uint64(5)) & _LOW, (k1 + _W1 * np.uint64(5)) & _LOW)
-    c0, c1, c2, c3 = _mix(c0, c1, c2, c3, (k0 + _W0 * np.uint64(6)) & _LOW, (k1 + _W1 * np.uint64(6)) & _LOW)
-    c0, c1, c2, c3 = _mix(c0, c1, c2, c3, (k0 + _W0 * np.uint64(7)) & _LOW, (k1 + _W1 * np.uint64(7)) & _LOW)
-    c0, c1, c2, c3 = _mix(c0, c1, c2, c3, (k0 + _W0 * np.uint64(8)) & _LOW, (k1 + _W1 * np.uint64(8)) & _LOW)
-    return _mix(c0, c1, c2, c3, (k0 + _W0 * np.uint64(9)) & _LOW, (k1 + _W1 * np.uint64(9)) & _LOW)
+    for _ in range(10):
+        p0 = _M0 * c0
+        p1 = _M1 * c2
+        c0, c1, c2, c3 = (p1 >> _SHIFT) ^ c1 ^ k0, p1 & _LOW, (p0 >> _SHIFT) ^ c3 ^ k1, p0 & _LOW
+        k0 = (k0 + _W0) & _LOW
+        k1 = (k1 + _W1) & _LOW
+    return c0, c1, c2, c3
 
 
 @njit(inline="always")
@@ -98,8 +88,13 @@ def _words(out, slots, index, stream, k0, k1):
     for i in range(out.shape[0]):
         for lo in range(0, d, TILE):
             count = min(TILE, d - lo)
-            _fill_words(tile[: (count + 63) // 64 * 64], lo // 64, np.uint64(slots[i]), index, stream, k0, k1)
-            out[i, lo : lo + count] = tile[:count]
+            slot = np.uint64(slots[i])
+            if count % 64 == 0:
+                _fill_words(out[i, lo : lo + count], lo // 64, slot, index, stream, k0, k1)
+            else:
+                _fill_words(tile[: (count + 63) // 64 * 64], lo // 64, slot, index, stream, k0, k1)
+                for j in range(count):
+                    out[i, lo + j] = tile[j]
 
 
 @njit(cache=True, nogil=True)
@@ -368,9 +363,38 @@ def _mean_bits(payload, r, out, cohort):
         out[j] /= cohort
 
 
+# Bit q of a byte as the byte q of a word: eight coordinates are counted by one addition, 255 rows at a time.
+_SPREAD = np.array([sum(1 << (8 * q) for q in range(8) if (b >> q) & 1) for b in range(256)], np.uint64)
+
+
+@njit(cache=True, nogil=True)
+def _count_bits(payload, spread, counts):
+    """counts (8 b,) int32: how many rows have each bit set."""
+    width = payload.shape[1]
+    tile = np.empty(TILE // 8, np.uint64)
+    bytes_ = tile.view(np.uint8)
+    for lo in range(0, width, TILE // 8):
+        size = min(TILE // 8, width - lo)
+        acc = counts[8 * lo : 8 * (lo + size)]
+        acc[:] = 0
+        for first in range(0, payload.shape[0], 255):
+            tile[:] = 0
+            for i in range(first, min(first + 255, payload.shape[0])):
+                for b in range(size):
+                    tile[b] += spread[payload[i, lo + b]]
+            for j in range(8 * size):
+                acc[j] += bytes_[j]
+
+
 def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int) -> Tensor:
+    scales = r.numpy()
+    # With one scale a sum of ±r is r (2 count - m), exact in float64: counting gives the very bits of adding in order.
+    if len(scales) and scales[0] > 0 and (scales == scales[0]).all():
+        counts = np.empty(8 * payload.shape[1], np.int32)
+        _count_bits(payload.numpy(), _SPREAD, counts)
+        return torch.from_numpy(np.float64(scales[0]) * (2 * counts[:d] - np.int32(len(payload))) / cohort)
     out = np.empty(d)
-    _mean_bits(payload.numpy(), r.numpy(), out, cohort)
+    _mean_bits(payload.numpy(), scales, out, cohort)
     return torch.from_numpy(out)
 
 
@@ -385,15 +409,21 @@ def _encode_levels(u, r, out, slots, index, stream, tie, k0, k1, levels):
         for lo in range(0, d, TILE):
             count = min(TILE, d - lo)
             _fill_halves(h[: (count + 127) // 128 * 128], lo // 128, slot, index, stream, k0, k1)
+            x = u[i, lo : lo + count]
+            ties = 0
             for j in range(count):
-                z = (u[i, lo + j] * lift) * s
-                cell = np.floor(z)
-                y = np.int64(cell) + base
+                y = np.int64(np.floor((x[j] * lift) * s)) + base
                 t = y & 65535
-                up = h[j] < t
-                if h[j] == t:
-                    up = np.float32(_word(lo + j, slot, index, tie, k0, k1) >> np.uint64(8)) * _V < z - cell
-                out[i, lo + j] = min(max((y >> 16) + np.int64(up), 0), levels - 1)
+                ties += h[j] == t
+                out[i, lo + j] = min(max((y >> 16) + np.int64(h[j] < t), 0), levels - 1)
+            if ties:
+                for j in range(count):
+                    z = (x[j] * lift) * s
+                    cell = np.floor(z)
+                    y = np.int64(cell) + base
+                    if h[j] == y & 65535:
+                        up = np.float32(_word(lo + j, slot, index, tie, k0, k1) >> np.uint64(8)) * _V < z - cell
+                        out[i, lo + j] = min(max((y >> 16) + np.int64(up), 0), levels - 1)
 
 
 def encode_levels(u: Tensor, r: Tensor, private: Draw, tie: Draw, levels: int) -> Tensor:
@@ -532,18 +562,35 @@ def mean_sparse(values: Tensor, index: Tensor, pointer: Tensor, d: int, scale: f
 def _topk(bits, out):
     m, d = bits.shape
     k = out.shape[1]
-    size = np.empty(d, np.int64)
+    near = np.empty(d, np.uint32)
+    count = np.empty(2048, np.int64)
     for i in range(m):
+        row = bits[i]
+        count[:] = 0
         for j in range(d):
-            size[j] = np.int64(bits[i, j] & np.uint32(0x7FFFFFFF))
-        least = np.partition(size, d - k)[d - k]
-        above = 0
+            count[(row[j] & np.uint32(0x7FFFFFFF)) >> np.uint32(20)] += 1
+        # The bucket that holds the k-th largest: its members alone are put in order.
+        bucket, above = 2047, 0
+        while above + count[bucket] < k:
+            above += count[bucket]
+            bucket -= 1
+        c = 0
         for j in range(d):
-            above += size[j] > least
+            size = row[j] & np.uint32(0x7FFFFFFF)
+            near[c] = size
+            c += (size >> np.uint32(20)) == bucket
+            if c == d:
+                break
+        held = near[:c]
+        place = c - (k - above)
+        least = np.partition(held, place)[place]
+        for j in range(c):
+            above += held[j] > least
         ties, c = k - above, 0
         for j in range(d):
-            if size[j] > least or (size[j] == least and ties > 0):
-                ties -= size[j] == least
+            size = row[j] & np.uint32(0x7FFFFFFF)
+            if size >= least and (size > least or ties > 0):
+                ties -= size == least
                 out[i, c] = j
                 c += 1
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.core import Compressor, Gradient, Messages, Method, Round, Rows, Vector, ab_for_all_inputs, require
+from shoal.core import Compressor, Gradient, Messages, Method, Round, Rows, Vector, ab_for_inputs, require
 from shoal.theory import Setting, StepSize
 
 
@@ -50,12 +50,12 @@ class DCGD(Method):
             return StepSize(1.0 / L, "none: some f_i has no lower bound", {"L_minus": L}, proved=False)
         horizon = setting.horizon
         if horizon is None and setting.bits is not None:
-            horizon = math.ceil(setting.bits / (8 * self.compressor.capacity(setting.n, setting.d)))
+            horizon = math.ceil(setting.bits / self.compressor.predicted_bits(setting.n, setting.d))
         if horizon is None or setting.f0 is None:
             return StepSize(
                 1.0 / L, "none: the theorem needs a horizon; give rounds or bits", {"L_minus": L}, proved=False
             )
-        ab = ab_for_all_inputs(self.compressor, setting)
+        ab = ab_for_inputs(self.compressor, setting, equal=False)
         A = (ab.a + setting.n * ab.c) * s.max
         gap = max(0.0, setting.f0 - s.f_inf)
         terms = [1.0 / L]

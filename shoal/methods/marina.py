@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from shoal.core import DENSE, Compressor, Gradient, Messages, Method, Round, Rows, Vector, ab_for_all_inputs, require
+from shoal.core import DENSE, Compressor, Gradient, Messages, Method, Round, Rows, Vector, ab_for_inputs, require
 from shoal.errors import ConfigError
 from shoal.theory import AB, Setting, StepSize, best_p, step_size, step_size_pl
 
@@ -49,14 +49,14 @@ class Marina(Method):
         self.compressor.check(n, d)
 
     def _constants(self, setting: Setting) -> tuple[AB, float]:
-        ab = ab_for_all_inputs(self.compressor, setting)
+        ab = ab_for_inputs(self.compressor, setting, equal=float(setting.smoothness.pm) == 0.0)
         return ab, ab.gamma(setting.smoothness)
 
     def resolved(self, setting: Setting) -> Marina:
         if self.p is not None:
             return self
         n, d = setting.n, setting.d
-        code = 8.0 * self.compressor.capacity(n, d) + (32.0 if self.compressor.agrees else 0.0)
+        code = self.compressor.predicted_bits(n, d)
         mu = setting.smoothness.mu if setting.pl else None
         return replace(self, p=best_p(32.0 * d, code, setting.smoothness.minus, self._constants(setting)[1], mu))
 

@@ -85,6 +85,14 @@ def take(state: Any, part: slice) -> Any:
     return type(state)(*(v[part] if f in rows else v for f, v in zip(state._fields, state, strict=True)))
 
 
+def own(state: Any) -> Any:
+    """The state with its rows copied, so that `put` may write into them: what was yielded stays what it was."""
+    if state == ():
+        return state
+    rows = _row_fields(type(state))  # type: ignore[arg-type]
+    return type(state)(*(v.clone() if f in rows else v for f, v in zip(state._fields, state, strict=True)))
+
+
 def put(state: Any, part: slice, new: Any) -> Any:
     """The state with these clients' rows replaced: the new one itself if they are all, else written in place."""
     if state == ():
@@ -105,6 +113,8 @@ def _uplink(
     code, parts, d = method.code(rnd), watch.parts, watch.problem.d
     width = code.capacity(rnd.cohort, d)
     whole: Messages | None = None
+    if len(parts) > 1:
+        workers = own(workers)
 
     def send(u: Rows, part: slice, rnd: Round) -> None:
         nonlocal whole, workers
