@@ -143,11 +143,22 @@ def _range(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _command() -> str:
+    """The words that run this race again, into a folder of its own."""
+    words, kept = iter(sys.argv[1:]), []
+    for word in words:
+        if word == "--out":
+            next(words, None)
+        elif not word.startswith("--out="):
+            kept.append(word)
+    return "shoal " + shlex.join(kept)
+
+
 def _race(spec: RaceSpec, folder: Path, resuming: bool, workers: int | None) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell may start background jobs with SIGINT ignored
         signal.signal(number, signal.default_int_handler)
-    began, words = time.monotonic(), sys.argv[1:]
+    began = time.monotonic()
     if spec.files:
         err_console.print(f"running code from {', '.join(spec.files)}: trusted, not sandboxed", highlight=False)
     bars: dict[str, TaskID] = {}
@@ -176,7 +187,7 @@ def _race(spec: RaceSpec, folder: Path, resuming: bool, workers: int | None) -> 
             progress.update(bars[news.job], completed=news.fraction, news=f"{news.what}: ‖∇f‖² {norm}")
 
         try:
-            run_race(spec, folder, "shoal " + shlex.join(words), resuming, workers, on_news, on_job, on_step)
+            run_race(spec, folder, _command(), resuming, workers, on_news, on_job, on_step)
         except KeyboardInterrupt:
             progress.stop()
             if (folder / "race.json").exists():
