@@ -88,17 +88,17 @@ def measure(repeat: int) -> Iterator[Row]:
     """
     if not CLEAR.exists():
         raise OSError(f"memory needs {CLEAR}, which Linux has: run it there.")
-    whats = ("states", "full round", "compressed round", "measuring f")
+    kinds = ("states", "full round", "compressed round", "measuring f")
     n, d = 2000, 10_000
     size, (times, extra) = 4 * n * d, ROUND_GOAL
     runs = [measured(n, d) for _ in range(repeat)]
-    for what in whats:
+    for what in kinds:
         goal = times + extra / size if "round" in what else None
         detail = {"MB": float(np.median([run[what] for run in runs])) / 1e6}
         yield Row("memory", f"n={n}, d={d}: {what}", "x 4nd", [run[what] / size for run in runs], None, goal, detail)
     n = d = 10_000
     run = measured(n, d)
-    detail = {what: run[what] / (4 * n * d) for what in whats} | {"seconds": run["seconds"]}
+    detail = {what: run[what] / (4 * n * d) for what in kinds} | {"seconds": run["seconds"]}
     yield Row("memory", f"n={n}, d={d}: whole process", "GB", [run["total"] / 1e9], None, TOTAL_GOAL, detail)
 
 
