@@ -77,6 +77,9 @@ def _build(node: ast.expr, names: dict[str, type], text: str) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if any(k.arg is None for k in node.keywords):
             raise ConfigError(f"{text!r}: ** is not allowed in an expression.")
+        repeated = len({k.arg for k in node.keywords}) < len(node.keywords)
+        if repeated:
+            raise ConfigError(f"{text!r}: an argument is given twice.")
         positional = [_argument(a, names, text) for a in node.args]
         keywords = {str(k.arg): _argument(k.value, names, text) for k in node.keywords}
         return _call(node.func.id, positional, keywords, names, text)
@@ -89,7 +92,8 @@ def _argument(node: ast.expr, names: dict[str, type], text: str) -> Any:
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        raise ConfigError(f"{text!r}: {ast.unparse(node)!r} is neither a literal nor a known name.") from None
+        piece = ast.get_source_segment(text.strip(), node)  # unlike `unparse`, it does not recurse into deep nests
+        raise ConfigError(f"{text!r}: {piece!r} is neither a literal nor a known name.") from None
 
 
 def _call(name: str, args: list[Any], kwargs: dict[str, Any], names: dict[str, type], text: str) -> Any:
@@ -101,8 +105,10 @@ def _call(name: str, args: list[Any], kwargs: dict[str, Any], names: dict[str, t
         raise ConfigError(f"{text!r}: unknown name {name!r}.{hint} `shoal list` shows all names.")
     try:
         return names[name](*args, **kwargs)
-    except TypeError as error:
-        raise ConfigError(f"{text!r}: {error}.") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # a class of the user's may raise anything
+        raise ConfigError(f"{text!r}: {error}.") from error
 
 
 def compact(value: Any) -> str:
