@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import time
 import zipfile
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from shoal.core import Meter, Row, State
 from shoal.errors import CheckpointCorrupt, ConfigError, ResumeMismatch
 
 CHECKPOINT_EVERY = 5.0  # seconds
+LEFTOVER = re.compile(r"\.probe|\.(config|race)\.json\.\d+")  # of a process that was killed before it wrote anything
 
 
 def versions() -> dict[str, str]:
@@ -66,12 +68,16 @@ def make_folder(path: Path) -> None:
     """An empty, writable folder. Raises ConfigError where there is something already, or it cannot be written."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
+        if any(not LEFTOVER.fullmatch(there.name) for there in path.iterdir()):
             raise ConfigError(f"{path} is not empty: resume it with --resume {path}, or choose another folder.")
         (path / ".probe").touch()
         (path / ".probe").unlink()
     except OSError as error:
         raise ConfigError(f"cannot write in {path}: {error.strerror}.") from error
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row._asdict()) + "\n"
 
 
 class Folder:
@@ -97,12 +103,17 @@ class Folder:
                 "machine": machine(),
             }
             write_json(path / "config.json", facts)
-        self._metrics = (path / "metrics.jsonl").open("w")
-        for row in self.rows:
-            self._write(row)
+        # The rows of the checkpoint are on disk before anything is appended: a second cut must not separate the two.
+        _replace(path / "metrics.jsonl", "".join(map(_line, self.rows)).encode())
+        self._metrics = (path / "metrics.jsonl").open("a")
 
     def _reopen(self, config: dict[str, Any]) -> None:
-        held = json.loads((self.path / "config.json").read_text())
+        try:
+            held = dict(json.loads((self.path / "config.json").read_text()))
+        except (ValueError, TypeError) as error:
+            raise CheckpointCorrupt(
+                f"{self.path}/config.json: {error}. Delete the folder to begin the run again."
+            ) from None
         for name, value in json.loads(json.dumps(config)).items():
             if held.get(name) != value:
                 raise ResumeMismatch(
@@ -121,10 +132,10 @@ class Folder:
             self.rows = [Row(**json.loads(line)) for line in lines]
             if len(self.rows) != meta["rows"] or meta["digest"] != self.digest:
                 raise CheckpointCorrupt(f"{self.path}: the checkpoint and the rows beside it do not belong together.")
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise CheckpointCorrupt(
-                f"{self.path}/checkpoint.npz: {error}. Delete it to begin the run again."
-            ) from error
+        # zipfile raises RuntimeError for what it takes for encryption or an unknown compression, and EOFError.
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise CheckpointCorrupt(f"{self.path}/checkpoint.npz: {said}. Delete it to begin the run again.") from error
 
     def restore(self, fresh: State) -> State | None:
         """The checkpoint's state in the form of a fresh one; None where there is none."""
@@ -146,13 +157,10 @@ class Folder:
             raise CheckpointCorrupt(f"{self.path}/checkpoint.npz: {name} is missing or has another shape.")
         return torch.from_numpy(self.state[name])
 
-    def _write(self, row: Row) -> None:
-        self._metrics.write(json.dumps(row._asdict()) + "\n")
-
     def record(self, row: Row) -> None:
         """Append a row; it can be read from the file within a second."""
         self.rows.append(row)
-        self._write(row)
+        self._metrics.write(_line(row))
         if time.monotonic() - self._flushed > 1.0:
             self._metrics.flush()
             self._flushed = time.monotonic()

@@ -18,7 +18,7 @@ import torch
 
 from shoal.core import Channel, Method, Problem, Recorder, Round, Row, State
 from shoal.descents import Step
-from shoal.errors import ConfigError, NonFiniteError
+from shoal.errors import CheckpointCorrupt, ConfigError, NonFiniteError
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import Folder
 from shoal.rng import checked_seed
@@ -301,4 +301,7 @@ def simulate(
 def load_result(path: Path) -> dict[str, Any] | None:
     """result.json of a finished run, or None."""
     file = path / "result.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    try:
+        return dict(json.loads(file.read_text())) if file.exists() else None
+    except (ValueError, TypeError) as error:
+        raise CheckpointCorrupt(f"{file}: {error}. Delete the file's folder to do the run again.") from None
