@@ -62,13 +62,12 @@ _told: Any = None  # the queue of News, set in each worker
 _stop: Any = None  # an event: set when the race is interrupted
 
 
-def _begin_worker(told: Any, stop: Any) -> None:
+def _begin_worker(told: Any, stop: Any, parent: int) -> None:
     global _told, _stop
     _told, _stop = told, stop
     torch.set_num_threads(1)  # the processes share the cores already
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # while idle; a run installs its own handler
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -261,7 +260,7 @@ def _run_jobs(
     context = multiprocessing.get_context("spawn")
     told, stop = context.Queue(), context.Event()
     count = min(workers or os.cpu_count() or 1, len(wanted))
-    pool = ProcessPoolExecutor(count, context, _begin_worker, (told, stop))
+    pool = ProcessPoolExecutor(count, context, _begin_worker, (told, stop, os.getpid()))
     try:
         waiting: dict[Future[str], str] = {}
         # Workers inherit the mask: a Ctrl-C must not hit one that is still importing.
