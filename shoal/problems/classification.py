@@ -47,7 +47,8 @@ class Loss(NamedTuple):
 def bounded_ratio(x: Floats) -> tuple[float, Floats]:
     """sum x_j^2 / (1 + x_j^2) and its gradient; the second derivative 2(1 - 3x^2) / (1 + x^2)^3 is in [-1/2, 2]."""
     square = np.square(x)
-    return float((square / (1.0 + square)).sum()), 2.0 * x / np.square(1.0 + square)
+    with np.errstate(invalid="ignore"):  # inf / inf at an x that overflowed: the NaN is what a diverged run reports
+        return float((square / (1.0 + square)).sum()), 2.0 * x / np.square(1.0 + square)
 
 
 def half_square(x: Floats) -> tuple[float, Floats]:
