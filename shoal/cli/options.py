@@ -24,7 +24,8 @@ app = typer.Typer(
     help="Distributed nonconvex optimization with compressed messages: compare methods and compressors by the bits "
     "they really send. Start with [bold]shoal race[/bold], or [bold]shoal list[/bold] for what there is.",
 )
-out_console, err_console = Console(), Console(stderr=True)
+# Without emoji: rich would turn the `:b:` of a name or a path into a picture.
+out_console, err_console = Console(emoji=False), Console(stderr=True, emoji=False)
 
 PROBLEMS = "quadratics, phishing, mushrooms, a LIBSVM file, or an expression of a --with problem."
 Clients = Annotated[int | None, typer.Option("--clients", "-n", help="Number of clients n.")]
@@ -53,7 +54,8 @@ PL = Annotated[bool, typer.Option("--pl", help="Step sizes of the PL theorems (n
 
 def fail(error: Exception | str, status: int = 1) -> NoReturn:
     """One clear line on standard error, and out."""
-    err_console.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
+    said = " ".join(str(error).split())  # what a user's own file raises may have several lines
+    err_console.print(f"[bold red]error:[/bold red] {escape(said)}", soft_wrap=True, highlight=False)
     raise SystemExit(status)
 
 
@@ -80,8 +82,10 @@ def stored_spec(context: typer.Context, folder: Path, kind: str, beside: set[str
         raise ConfigError(f"{folder} holds no {kind}: there is no {file.name}.")
     try:
         spec = json.loads(file.read_text())["spec"]
+        return {**spec, "problem": ProblemSpec.of(**spec["problem"])}
+    except ConfigError:
+        raise
     except KeyError:
         raise ConfigError(f"{file} was not written by `shoal {kind}`: resume it from Python.") from None
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{file} is damaged: {error}.") from None
-    return {**spec, "problem": ProblemSpec.of(**spec["problem"])}

@@ -112,6 +112,8 @@ def race(
 def _spec(base: dict[str, Any], problem: str | None, described: dict[str, Any], changed: dict[str, Any]) -> RaceSpec:
     """The file's race with what was given in place of what it says."""
     held = base.get("problem", {})
+    if not isinstance(held, dict):
+        raise ConfigError(f"problem={held!r}: in a race's file it is a table, [problem] with name = ... below it.")
     same = problem is None or problem == held.get("name")
     facts = (held if same else {"name": problem}) | {k: v for k, v in described.items() if v is not None}
     changed = {k: v for k, v in changed.items() if v is not None}
@@ -160,7 +162,7 @@ def _race(spec: RaceSpec, folder: Path, resuming: bool, workers: int | None) -> 
         signal.signal(number, signal.default_int_handler)
     began = time.monotonic()
     if spec.files:
-        err_console.print(f"running code from {', '.join(spec.files)}: trusted, not sandboxed", highlight=False)
+        err_console.print(f"running code from {escape(', '.join(spec.files))}: trusted, not sandboxed", highlight=False)
     check(spec)  # a wrong race is one line, before anything is drawn
     bars: dict[str, TaskID] = {}
     with Progress(
@@ -202,7 +204,9 @@ def _close_race(folder: Path, spec: RaceSpec, seconds: float) -> None:
     report.print_leaderboard(result, out_console)
     page = _written(folder)
     out_console.print(
-        f"\n{len(result.runs)} runs in {seconds:.0f} s; all of it: {folder}", highlight=False, soft_wrap=True
+        f"\n{len(result.runs)} runs in {seconds:.0f} s; all of it: {escape(str(folder))}",
+        highlight=False,
+        soft_wrap=True,
     )
     if page:
         out_console.print(f"[bold]report:[/bold] {escape(str(page.resolve()))}", highlight=False, soft_wrap=True)

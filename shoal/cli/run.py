@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,7 @@ from shoal.core import Method, Row
 from shoal.errors import ConfigError
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import digest, make_folder
-from shoal.experiments.run import Run, prepare, simulate
+from shoal.experiments.run import Run, load_result, prepare, simulate
 from shoal.experiments.spec import ProblemSpec, RunSpec
 from shoal.runtimes import replicated
 
@@ -100,7 +101,12 @@ def run(
         out = out or new_folder("run", spec.problem.name)
     if ranks and not replicated.started_by_torchrun():
         _check(spec, ranks, out, resuming=resume is not None)
-        raise SystemExit(replicated.launch(ranks, _again(context, out)))
+        status = replicated.launch(ranks, _again(context, out))
+        if status:
+            raise SystemExit(status)
+        # Here and not in a rank: torchrun reports every other status than 0 as a crash.
+        _judge(load_result(out) or {}, spec)
+        return
     _run(spec, out, resuming=resume is not None)
 
 
@@ -162,21 +168,28 @@ def _run(spec: RunSpec, out: Path, resuming: bool) -> None:
         if not first:
             return
         _show(run, out, words)
-    else:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[norm]}"))
-        with Progress(*columns, TimeElapsedColumn(), console=err_console, transient=True) as bar:
-            task = bar.add_task("compiling kernels where needed", total=1.0, norm="")
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[norm]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=err_console, transient=True) as bar:
+        task = bar.add_task("compiling kernels where needed", total=1.0, norm="")
+        try:
             run = simulate(problem, method, out=out, resume=resuming, record=_follow(bar, task, spec), **options)
-        _show(run, out, "")
-    _judge(run, spec)
+        except KeyboardInterrupt:
+            bar.stop()
+            if (out / "checkpoint.npz").exists():
+                fail(f"interrupted; go on with: shoal run --resume {shlex.quote(str(out))}", 130)
+            fail("interrupted.", 130)
+    _show(run, out, "")
+    _judge(run.result(), spec)
 
 
-def _judge(run: Run, spec: RunSpec) -> None:
-    last = run.rows[-1]
-    if run.stopped == "diverged":
-        fail(f"the run diverged at round {last.round} ({run.note}); take a smaller step.", UNREACHED)
-    if spec.target is not None and run.stopped != "target":
-        fail(f"the target ‖∇f‖² <= {spec.target:g} was not reached: {last.grad_norm_sq:.3g} after {last.round} rounds; "
+def _judge(result: dict[str, Any], spec: RunSpec) -> None:
+    """Exit status 3 for a result that is not what was asked for."""
+    k, norm = result["rounds"], result["grad_norm_sq"]
+    if result["stopped"] == "diverged":
+        fail(f"the run diverged at round {k} ({result['note']}); take a smaller step.", UNREACHED)
+    if spec.target is not None and result["stopped"] != "target":
+        fail(f"the target ‖∇f‖² <= {spec.target:g} was not reached: {norm:.3g} after {k} rounds; "
              "raise the budget, or try --multiple 4.", UNREACHED)  # fmt: skip
 
 
@@ -188,7 +201,9 @@ def _follow(bar: Progress, task: TaskID, spec: RunSpec) -> Callable[[Row], None]
         if time.monotonic() - last > 0.1:
             last = time.monotonic()
             share = max(row.round / spec.rounds if spec.rounds else 0.0, row.up_bits / spec.bits if spec.bits else 0.0)
-            bar.update(task, completed=min(share, 1.0), description=spec.method, norm=f"‖∇f‖² {row.grad_norm_sq:.2e}")
+            bar.update(
+                task, completed=min(share, 1.0), description=escape(spec.method), norm=f"‖∇f‖² {row.grad_norm_sq:.2e}"
+            )
 
     return tell
 
