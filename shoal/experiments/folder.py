@@ -125,7 +125,7 @@ class Folder:
         if not (self.path / "checkpoint.npz").exists():
             return
         try:
-            with np.load(self.path / "checkpoint.npz", allow_pickle=False) as stored:
+            with (self.path / "checkpoint.npz").open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 self.state = {name: stored[name] for name in stored.files}
             meta = json.loads(bytes(self.state["meta"]).decode())
             lines = (self.path / "metrics.jsonl").read_text().splitlines()[: meta["rows"]]

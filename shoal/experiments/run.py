@@ -227,8 +227,6 @@ def execute(
             if folder is not None and (folder.due or interrupts.asked is not None) and hosts_all:
                 folder.checkpoint(state)
             if interrupts.asked is not None:
-                if folder is not None:
-                    folder.close()
                 raise KeyboardInterrupt if interrupts.asked == signal.SIGINT else SystemExit(143)
 
 
@@ -288,10 +286,15 @@ def simulate(
     channel = channel or Local(problem.n)
     if len(channel.clients) < problem.n:
         problem = problem.only(channel.clients)
-    rows, state, stopped, note = execute(
-        problem, ready, descent, channel, seed=seed, limit=rounds, bits=bits, target=target, every=every,
-        chunk=chunk, folder=folder, record=record,
-    )  # fmt: skip
+    try:
+        rows, state, stopped, note = execute(
+            problem, ready, descent, channel, seed=seed, limit=rounds, bits=bits, target=target, every=every,
+            chunk=chunk, folder=folder, record=record,
+        )  # fmt: skip
+    except BaseException:  # whatever cut it, the rows so far are on the disk
+        if folder is not None:
+            folder.close()
+        raise
     run = Run(label, ready, theory, gamma, rows, state.x, stopped, note, target)
     if folder is not None:
         folder.finish(run.result())

@@ -165,9 +165,9 @@ def plot(race: Race, axis: str = "up_bits") -> Figure:
 
 
 def _draw(panel: Axes, c: Curve, color: str, symbols: tuple[str, str]) -> None:
-    if not c.x.size:
-        return
     finite = np.where(np.isfinite(c.median) & (c.median > 0), c.median, np.nan)
+    if not np.isfinite(finite).any():  # no row yet, or all of them diverged: a log axis has no place for that
+        return
     if c.seeds > 1:
         high = np.where(np.isfinite(c.high), c.high, np.nanmax(finite, initial=1.0) * 1e3)
         panel.fill_between(c.x, np.maximum(c.low, 1e-300), high, color=color, alpha=0.15, lw=0)
