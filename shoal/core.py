@@ -155,9 +155,10 @@ def checked_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 1
     top = kernels.of(u).maxes(u)
     bad = ~(top.double() * factor <= FLOAT_MAX)
     if bool(bad.any()):
-        who, value = int(rnd.clients[bad][0]), float(top[bad][0])
+        at, value = int(rnd.clients[bad][0]), float(top[bad][0])
+        who = "the server" if at == int(rng.SERVER) else f"client {at}"
         what = f"overflows float32 when scaled by {factor:g}" if value < float("inf") else "is not finite"
-        raise NonFiniteError(f"client {who}, round {rnd.index}: an entry of magnitude {value:g} {what}.")
+        raise NonFiniteError(f"{who}, round {rnd.index}: an entry of magnitude {value:g} {what}.")
     return u
 
 
@@ -183,7 +184,7 @@ class Compressor(ABC):
     def predicted_bits(self, n: int, d: int) -> float:
         """Uplink bits a client a round, agreement included: what p and horizons are chosen by, never what is counted.
 
-        8 times the capacity; a code of variable length states the mean that it measures.
+        8 times the capacity; a code of variable length states its mean.
         """
         return 8.0 * self.capacity(n, d) + (32.0 if self.agrees else 0.0)
 
@@ -228,7 +229,7 @@ def require(compressor: Compressor, constant: str, method: str, mend: str) -> No
 
 
 def ab_for_inputs(compressor: Compressor, setting: Setting, equal: bool) -> AB:
-    """The compressor's AB inequality (the best of those that hold) for these smoothness constants.
+    """The compressor's AB inequality, with the others that hold beside it.
 
     Raises ConfigError where it is stated for equal inputs only and what the method compresses is not `equal`.
     """
@@ -238,7 +239,7 @@ def ab_for_inputs(compressor: Compressor, setting: Setting, equal: bool) -> AB:
             f"{compressor!r} states an AB inequality for equal inputs only ({ab.source}), and the clients' differ "
             f"here (L_± = {setting.smoothness.pm!r}): take a compressor whose inequality holds for all inputs."
         )
-    return ab.best(setting.smoothness)
+    return ab
 
 
 # ------------------------------------------------------------------------------------------------ methods
@@ -305,7 +306,7 @@ class Method(ABC):
 
     @abstractmethod
     def step_size(self, setting: Setting) -> StepSize:
-        """The theorem's step size, with the constants that went in. `proved` is False where no theorem applies."""
+        """The theorem's step size, with the constants that went in. `evidence` is "none" where no theorem applies."""
 
     @abstractmethod
     def init(self, x0: Vector, rnd: Round) -> tuple[Any, Any]:

@@ -15,10 +15,9 @@
         │   ├── LengthError           it is shorter or longer than it must be
         │   ├── ChecksumError         its bytes changed on the way
         │   └── PayloadError          its payload does not decode to a message
-        ├── CheckpointError           a checkpoint cannot be used
-        │   ├── CheckpointCorrupt     the file is damaged or incomplete
-        │   └── ResumeMismatch        the file is sound and belongs to another run
-        └── ReplicaDrift              copies of a state that must agree bit for bit do not
+        └── CheckpointError           a checkpoint cannot be used
+            ├── CheckpointCorrupt     the file is damaged or incomplete
+            └── ResumeMismatch        the file is sound and belongs to another run
 
 Every message names the offending value, the rule it breaks and the mend. The classes carry no behavior: what
 distinguishes them is what a caller may do next (mend the settings, drop the frame, start afresh).
@@ -37,7 +36,6 @@ __all__ = [
     "LengthError",
     "NonFiniteError",
     "PayloadError",
-    "ReplicaDrift",
     "ResumeMismatch",
     "RoundMismatch",
     "ShoalError",
@@ -104,7 +102,3 @@ class CheckpointCorrupt(CheckpointError):
 
 class ResumeMismatch(CheckpointError):
     """The checkpoint is sound and belongs to a run with other settings."""
-
-
-class ReplicaDrift(ShoalError):
-    """Copies of a state that must agree bit for bit do not."""

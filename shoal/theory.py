@@ -81,19 +81,21 @@ class AB:
         """Gamma = (a - b) L_+^2 + b L_±^2 + c L_max^2: the constant of the lemma for MARINA."""
         return max(0.0, self.a - self.b) * L.plus**2 + self.b * L.pm**2 + self.c * L.max**2
 
+    def all(self) -> tuple[AB, ...]:
+        """This inequality and the others that hold as well."""
+        return (self,) if self.other is None else (self, *self.other.all())
+
     def best(self, L: Smoothness) -> AB:
         """Of the inequalities that hold, the one with the smallest Gamma."""
-        rest = self.other.best(L) if self.other is not None else self
-        return rest if rest.gamma(L) < self.gamma(L) else self
+        return min(self.all(), key=lambda ab: ab.gamma(L))
 
 
 @dataclass(frozen=True)
 class Setting:
     """All that a step size may depend on, known before anything runs.
 
-    n clients, d coordinates, the smoothness constants, the budget in rounds (horizon) or in uplink bits a client, the
-    target for ||grad f||^2 where there is one, f(x^0), and whether the caller wants the step size of the PL theorem
-    (needs `smoothness.mu`).
+    n clients, d coordinates, the smoothness constants, the budget in rounds (horizon) or in uplink bits a client, and
+    whether the caller wants the step size of the PL theorem (needs `smoothness.mu`).
     """
 
     n: int
@@ -101,19 +103,21 @@ class Setting:
     smoothness: Smoothness
     horizon: int | None = None
     bits: float | None = None
-    target: float | None = None
-    f0: float | None = None
     pl: bool = False
 
 
 @dataclass(frozen=True)
 class StepSize:
-    """A step size with the theorem it comes from and the constants that went in."""
+    """A step size with the theorem it comes from and the constants that went in.
+
+    `evidence` is `proved`; `numerical` where a constant survived a search but is not proved; `none` where no theorem
+    applies and gamma is only a unit to tune in.
+    """
 
     gamma: float
     theorem: str
     constants: dict[str, Any] = field(default_factory=dict)
-    proved: bool = True
+    evidence: Literal["proved", "numerical", "none"] = "proved"
 
 
 def independent(omega: float, n: int, source: str = "") -> AB:

@@ -29,7 +29,7 @@ from shoal.experiments import folder as folders
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import make_folder
 from shoal.experiments.race import TRY, Job, race
-from shoal.experiments.run import Run, load_result, simulate
+from shoal.experiments.run import Run, fingerprint, load_result, simulate
 from shoal.experiments.spec import ProblemSpec, RaceSpec, RunSpec
 from shoal.methods import EF21, GD, Diana, Marina
 from shoal.problems import Quadratics
@@ -448,7 +448,8 @@ def test_a_finished_folder_holds_the_run_four_times_over(tmp_path):
     assert pq.read_table(tmp_path / "run" / "metrics.parquet").to_pylist() == lines
     assert load_result(tmp_path / "run") == run.result()
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["problem"] == {"name": "quadratics", "n": 3, "d": 8, "repr": repr(SMALL)}
+    assert config["problem"] == {"name": "quadratics", "n": 3, "d": 8, "start": fingerprint(SMALL)}
+    assert config["described"] == repr(SMALL)
     assert config["step"] == {"rule": "theory", "gamma": run.gamma, "multiple": 1.0}
     expected = {"format": 1, "kind": "run", "method": "EF21(TopK(2))", "seed": 3, "every": 5, "extra": 1, "bits": None}
     assert expected.items() <= config.items()

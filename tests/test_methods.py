@@ -174,7 +174,7 @@ SEEDS, LENGTH = 8, 40
 
 def potential(method: Method, problem: Problem, gamma: float, pl: bool) -> float:
     """Phi_0: f(x^0) - f_* and, for methods whose state starts away from the gradients, its initial term."""
-    delta = setting(problem).f0 - problem.f_star
+    delta = float(problem.evaluate(problem.start(), torch.arange(problem.n))[0].mean()) - problem.f_star
     squares = float(problem.evaluate(problem.start(), torch.arange(problem.n))[1].double().square().sum(1).mean())
     twice = 2.0 if pl else 1.0
     if isinstance(method, Diana):  # (gamma omega / (n shift)) mean ||grad f_i(x^0) - h_i^0||^2, and h_i^0 = 0
@@ -202,7 +202,7 @@ def test_nonconvex_theorem(method):
     convex."""
     ready = resolved(method, MIXED)
     step = ready.step_size(setting(MIXED))
-    assert step.proved
+    assert step.evidence == ("numerical" if "numerical=True" in repr(method) else "proved")
     averages = [
         float(torch.stack([gradient(MIXED, x).square().sum() for x in path[:LENGTH]]).mean())
         for path in paths(ready, MIXED, step.gamma)
@@ -217,7 +217,7 @@ def test_theorem_under_pl(method):
     method.check(MIXED.n, MIXED.d)
     ready = method.resolved(known)
     step = ready.step_size(known)
-    assert step.proved
+    assert step.evidence == ("numerical" if "numerical=True" in repr(method) else "proved")
     ids, bound = torch.arange(MIXED.n), potential(ready, MIXED, step.gamma, True)
     found = paths(ready, MIXED, step.gamma)
     for k in (LENGTH // 2, LENGTH):
@@ -226,20 +226,16 @@ def test_theorem_under_pl(method):
 
 
 @pytest.mark.parametrize("compressor", [RandK(3), PermK(), QSGD(1), Independent(), Correlated()], ids=repr)
-@pytest.mark.parametrize("target", [None, 0.05])
-def test_theorem_of_dcgd(compressor, target):
-    """min_k E||grad f||^2 <= L C gamma + 6 Delta_0 / (gamma K), C = 2 A (f(x^0) - f_inf): a neighborhood."""
-    known = setting(CONVEX, horizon=LENGTH, target=target)
-    step = DCGD(compressor).step_size(known)
-    assert step.proved
+def test_theorem_of_dcgd(compressor):
+    """min_k E||grad f||^2 <= 6 (f(x^0) - f_inf) / (gamma K)."""
+    step = DCGD(compressor).step_size(setting(CONVEX, horizon=LENGTH))
+    assert step.evidence == "proved"
     found = paths(DCGD(compressor), CONVEX, step.gamma)
     squares = np.array([[float(gradient(CONVEX, x).square().sum()) for x in path[:LENGTH]] for path in found])
     best = int(squares.mean(0).argmin())
-    used, delta = step.constants, known.f0 - CONVEX.f_star
-    bound = used["L_minus"] * 2 * used["A"] * used["gap"] * step.gamma + 6 * delta / (step.gamma * LENGTH)
+    start = float(CONVEX.evaluate(CONVEX.start(), torch.arange(CONVEX.n))[0].mean())
+    bound = 6 * (start - CONVEX.smoothness().f_inf) / (step.gamma * LENGTH)
     assert within(list(squares[:, best]), bound)
-    if target is not None and used["A"] > 0:
-        assert used["L_minus"] * 2 * used["A"] * used["gap"] * step.gamma <= target / 2 * (1 + 1e-12)
 
 
 def test_dcgd_says_where_it_has_no_theorem():
@@ -250,7 +246,7 @@ def test_dcgd_says_where_it_has_no_theorem():
         (DCGD(TopK(3)), setting(CONVEX)),
     ):
         step = method.step_size(known)
-        assert not step.proved
+        assert step.evidence == "none"
         assert step.theorem.startswith("none")
         assert step.gamma == pytest.approx(1 / known.smoothness.minus)
     by_bits = DCGD(RandK(3)).step_size(replace(setting(CONVEX, horizon=None), bits=9600.0))
@@ -307,7 +303,7 @@ class Alike(PermK):
 
 def test_evidence_for_equal_inputs_only():
     """Good enough where L_± = 0; refused otherwise, whatever p, and by DCGD too."""
-    assert Marina(Alike(), p=0.5).step_size(setting(EQUAL)).proved
+    assert Marina(Alike(), p=0.5).step_size(setting(EQUAL)).evidence == "proved"
     for p in (None, 0.5):
         with pytest.raises(ConfigError, match="equal inputs only"):
             Marina(Alike(), p=p).step_size(setting(MIXED))

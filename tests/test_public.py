@@ -23,7 +23,7 @@ NAMES = {
     problems: ["Classification", "Quadratics", "measured_pm"],
     errors: [
         "BadMagic", "CheckpointCorrupt", "CheckpointError", "ChecksumError", "ConfigError", "ConfigMismatch",
-        "DataError", "LengthError", "NonFiniteError", "PayloadError", "ReplicaDrift", "ResumeMismatch",
+        "DataError", "LengthError", "NonFiniteError", "PayloadError", "ResumeMismatch",
         "RoundMismatch", "ShoalError", "VersionMismatch", "WireError",
     ],
 }  # fmt: skip

@@ -400,7 +400,7 @@ def test_leaderboard_in_the_terminal(tmp_path: Path) -> None:
     out = io.StringIO()
     report.print_leaderboard(race, Console(file=out, width=140))
     assert "Odd([bold])" in out.getvalue()
-    assert "– (0 of 1)" in out.getvalue()
+    assert "(0 of 1)" in out.getvalue()
     assert "200 bit" in out.getvalue()
 
 

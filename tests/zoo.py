@@ -121,10 +121,9 @@ METHODS: list[Method] = [
 ]
 
 
-def setting(problem: Problem, horizon: int | None = 100, pl: bool = False, target: float | None = None) -> Setting:
+def setting(problem: Problem, horizon: int | None = 100, pl: bool = False) -> Setting:
     """What is known of a problem before a run of so many rounds."""
-    f0 = float(problem.evaluate(problem.start(), torch.arange(problem.n))[0].mean())
-    return Setting(problem.n, problem.d, problem.smoothness(), horizon, None, target, f0, pl)
+    return Setting(problem.n, problem.d, problem.smoothness(), horizon, None, pl)
 
 
 # ------------------------------------------------------------------------------------------------ traces

@@ -18,6 +18,7 @@ from shoal.cli import race, run
 from shoal.cli.options import With, app, fail, out_console
 from shoal.errors import ShoalError
 from shoal.experiments.expressions import known_names
+from shoal.runtimes.replicated import started_by_torchrun
 
 __all__ = ["app", "main", "race", "run"]
 
@@ -96,7 +97,7 @@ def main() -> None:
     try:
         app()
     except ShoalError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if not started_by_torchrun() or os.environ["RANK"] == "0":
             fail(error)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

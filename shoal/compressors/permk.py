@@ -49,6 +49,10 @@ class PermK(Compressor):
         """4 ceil(d/n) bytes, or 4."""
         return 4 * max(1, -(-d // n))
 
+    def predicted_bits(self, n: int, d: int) -> float:
+        """32 max(d/n, 1): exactly what a round costs a client, on average over the clients."""
+        return 32.0 * max(d / n, 1.0)
+
     def _index(self, slots: Tensor, d: int, rnd: Round) -> tuple[Tensor, Tensor, int]:
         """The coordinates of these slots: (index, pointer, scale), row i's being index[pointer[i]:pointer[i+1]]."""
         n = rnd.cohort

@@ -26,7 +26,10 @@ def known_names(files: Iterable[str] = ()) -> dict[str, type]:
     for module in (compressors, methods, problems):
         names |= {name: getattr(module, name) for name in module.__all__ if isinstance(getattr(module, name), type)}
     for file in files:
-        names |= _load(file)
+        found = _load(file)
+        if taken := sorted(names.keys() & found.keys()):
+            raise ConfigError(f"--with {file}: {', '.join(taken)} is a name that is already taken; choose another.")
+        names |= found
     return names
 
 

@@ -90,6 +90,8 @@ class Folder:
         self.rows: list[Row] = []
         self.state: dict[str, np.ndarray] | None = None
         self._saved = self._flushed = time.monotonic()
+        if resume and (path / "result.json").exists():
+            raise ConfigError(f"{path}: this run has ended; read it with: shoal report {path}")
         if resume and (path / "config.json").exists():
             self._reopen(config)
         else:
@@ -136,6 +138,13 @@ class Folder:
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
             said = f"{type(error).__name__}: {error}"
             raise CheckpointCorrupt(f"{self.path}/checkpoint.npz: {said}. Delete it to begin the run again.") from error
+
+    def forget(self) -> None:
+        """Begin again from round 0, whatever was there."""
+        self.state, self.rows = None, []
+        self._metrics.close()
+        _replace(self.path / "metrics.jsonl", b"")
+        self._metrics = (self.path / "metrics.jsonl").open("a")
 
     def restore(self, fresh: State) -> State | None:
         """The checkpoint's state in the form of a fresh one; None where there is none."""

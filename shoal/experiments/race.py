@@ -26,11 +26,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shoal.core import Method, Problem, Row
+from shoal.compressors.correlated import agree_locally
+from shoal.core import Compressor, Method, Problem, Round, Row
 from shoal.errors import ConfigError, ResumeMismatch
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import machine, make_folder, versions, write_json
-from shoal.experiments.run import Run, load_result, prepare, simulate
+from shoal.experiments.run import Run, fingerprint, load_result, prepare, simulate
 from shoal.experiments.spec import RaceSpec
 from shoal.problems import measured_pm
 
@@ -94,7 +95,7 @@ class Job:
         # Once, for the whole budget: DCGD's theory depends on the horizon, and a try's is shorter.
         self.theory = prepare(
             self.problem, self.method, rounds=spec.rounds, bits=spec.bits, target=spec.target, step="theory",
-            multiple=1.0, pl=spec.pl, need_proof=False,
+            multiple=1.0, pl=spec.pl, need_theory=False,
         )[1]  # fmt: skip
         self._said = 0.0
 
@@ -107,7 +108,7 @@ class Job:
         return self.name
 
     def _tune(self) -> float:
-        low, high = self.spec.tune if self.theory.proved else UNPROVED
+        low, high = self.spec.tune if self.theory.evidence != "none" else UNPROVED
         exponents = range(low, high + 1)
         tried: dict[float, Outcome] = {}
         for k, exponent in enumerate(exponents):
@@ -163,9 +164,12 @@ def check(spec: RaceSpec) -> tuple[Problem, dict[str, str]]:
         method = parse(text, names, Method)
         labels.append(compact(method))
         budget = {"rounds": spec.rounds, "bits": spec.bits, "target": spec.target}
-        theory = prepare(problem, method, step="theory", multiple=1.0, pl=spec.pl, need_proof=False, **budget)[1]  # type: ignore[arg-type]
-        if not theory.proved:
+        theory = prepare(problem, method, step="theory", multiple=1.0, pl=spec.pl, need_theory=False, **budget)[1]  # type: ignore[arg-type]
+        if theory.evidence == "none":
             reasons[labels[-1]] = theory.theorem
+    start = fingerprint(problem)["grad_norm_sq"]
+    if spec.target >= start:
+        raise ConfigError(f"target={spec.target:g}: ||grad f(x^0)||^2 is {start:.3g} already; choose a smaller one.")
     if len(set(labels)) < len(labels):
         raise ConfigError(f"methods: {', '.join(labels)}: each at most once.")
     if len(reasons) == len(labels) and "tuned" not in spec.steps:
@@ -176,12 +180,18 @@ def check(spec: RaceSpec) -> tuple[Problem, dict[str, str]]:
 
 
 def warm_up(problem: Problem, spec: RaceSpec) -> None:
-    """Two rounds of every method: whatever must be compiled is compiled here, once, for all workers."""
-    names = known_names(spec.files)
+    """Two rounds of every method, and one message of its compressor: what must be compiled is compiled here, once."""
+    names, rnd = known_names(spec.files), Round.full(1, 0, problem.n)
     for text in spec.methods:
         method = parse(text, names, Method)
-        step = 1e-3 / float(problem.smoothness().minus)
-        simulate(problem, method, rounds=2, bits=None, target=spec.target, seed=0, step=step)
+        simulate(problem, method, rounds=2, step=1e-3 / float(problem.smoothness().minus))
+        code = getattr(method, "compressor", None)
+        if isinstance(code, Compressor):  # MARINA's coin may have shown heads twice
+            u = problem.grad(problem.start(), rnd)
+            agreed = agree_locally(u, code, rnd)
+            sent = code.encode(u, agreed)
+            code.decode(sent, agreed)
+            code.aggregate(sent, agreed)
 
 
 def _trajectory_pm(problem: Problem) -> tuple[float, str]:
@@ -224,7 +234,7 @@ def race(
         facts["measured_pm"] = _trajectory_pm(problem)
         write_json(out / "race.json", {**facts, "status": "running"})
         _run_jobs(spec, out, reasons, workers, on_news, on_job)
-    except KeyboardInterrupt:
+    except BaseException:
         write_json(out / "race.json", {**facts, "status": "interrupted"})
         raise
     write_json(out / "race.json", {**facts, "status": "done"})
@@ -278,8 +288,8 @@ def _run_jobs(
                 except Empty:
                     break
             for future in finished:
-                on_job(waiting.pop(future), 1.0)
                 future.result()
+                on_job(waiting.pop(future), 1.0)
     except BaseException:
         stop.set()
         raise

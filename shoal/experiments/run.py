@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from shoal import kernels
 from shoal.core import Channel, Method, Problem, Recorder, Round, Row, State
 from shoal.descents import Step
 from shoal.errors import CheckpointCorrupt, ConfigError, NonFiniteError
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import Folder
 from shoal.rng import checked_seed
-from shoal.runtimes import Local, rounds
+from shoal.runtimes import Local, chunks, rounds
 from shoal.theory import Setting, StepSize
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Run:
     stopped: Stopped
     note: str = ""
     target: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict, repr=False)  # problem, seed, budget: what config.json holds
 
     @property
     def sha256(self) -> str:
@@ -53,9 +55,9 @@ class Run:
         return hashlib.sha256(self.x.numpy().astype("<f4").tobytes()).hexdigest()
 
     def to_target(self, target: float | None = None) -> Row | None:
-        """The first row with ||grad f||^2 <= target; None if there is none."""
+        """The first row that has `arrived` at the target; None if there is none."""
         goal = self.target if target is None else target
-        return next((r for r in self.rows if goal is not None and r.grad_norm_sq <= goal), None)
+        return next((r for r in self.rows if arrived(r, self.rows[0], goal)), None)
 
     def result(self) -> dict[str, Any]:
         """What result.json holds."""
@@ -98,11 +100,19 @@ class Run:
 
     def save(self, path: str | Path) -> Path:
         """Write a run folder that `shoal report` reads."""
-        folder = Folder(Path(path), {"method": self.label, "target": self.target, "step": {"gamma": self.gamma}})
+        folder = Folder(Path(path), self.facts)
         for row in self.rows:
             folder.record(row)
         folder.finish(self.result())
         return Path(path)
+
+
+def arrived(row: Row, first: Row, target: float | None) -> bool:
+    """Whether the target is reached: ||grad f||^2 <= target, and f is not above f(x^0).
+
+    Far out, the gradient of a bounded loss vanishes as well: a step size that throws the iterate there has won nothing.
+    """
+    return target is not None and row.grad_norm_sq <= target and row.value <= first.value
 
 
 class Interrupts:
@@ -141,18 +151,20 @@ def prepare(
     step: float | Literal["theory"],
     multiple: float,
     pl: bool,
-    need_proof: bool = True,
+    need_theory: bool = True,
 ) -> tuple[Method, StepSize, float]:
     """The method with numbers in every place, the theory's step size, and the step size to use.
 
     Raises ConfigError, before anything runs, for whatever does not fit together.
     """
+    if not isinstance(problem, Problem) or not isinstance(method, Method):
+        raise ConfigError(f"{method!r} on {problem!r}: a run takes a Problem and a Method, such as Marina(PermK()).")
     if rounds is None and bits is None:
         raise ConfigError("a run needs a budget: rounds=..., bits=..., or both.")
-    if rounds is not None and rounds < 1:
-        raise ConfigError(f"rounds={rounds}: at least one.")
+    if rounds is not None and (isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1):
+        raise ConfigError(f"rounds={rounds!r}: an integer, at least one.")
     for name, value in (("bits", bits), ("target", target), ("multiple", multiple)):
-        if value is not None and not (value > 0 and math.isfinite(value)):
+        if value is not None and not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
             raise ConfigError(f"{name}={value!r}: it must be a positive finite number.")
     if step != "theory" and not (isinstance(step, int | float) and step > 0 and math.isfinite(step)):
         raise ConfigError(f"step={step!r}: a step size is 'theory' or a positive finite number.")
@@ -160,15 +172,28 @@ def prepare(
     constants = problem.smoothness()
     if pl and constants.mu is None:
         raise ConfigError(f"pl=True: no PL constant is known for {problem.name}; leave pl out.")
-    f0 = float(problem.evaluate(problem.start(), torch.arange(problem.n))[0].mean())
-    setting = Setting(problem.n, problem.d, constants, rounds, bits, target, f0, pl)
+    setting = Setting(problem.n, problem.d, constants, rounds, bits, pl)
     method = method.resolved(setting)
     theory = method.step_size(setting)
-    if step == "theory" and need_proof and not theory.proved:
+    if step == "theory" and need_theory and theory.evidence == "none":
         raise ConfigError(
             f"{compact(method)} has no step size from theory here ({theory.theorem}); give one: step=0.1."
         )
     return method, theory, multiple * (theory.gamma if step == "theory" else step)
+
+
+def fingerprint(problem: Problem, chunk: int | None = None) -> dict[str, Any]:
+    """What tells one problem from another, whatever it is called: f(x^0), ||grad f(x^0)||^2 and a digest of all
+    clients' values and gradients there."""
+    x, digest, values, total = problem.start(), hashlib.sha256(), [], torch.zeros(problem.d, dtype=torch.float64)
+    for part in chunks(problem.n, problem.d, chunk):
+        value, rows = problem.evaluate(x, torch.arange(problem.n)[part])
+        digest.update(value.numpy().tobytes())
+        digest.update(rows.numpy().tobytes())
+        values += value.tolist()
+        kernels.of(rows).add_rows(rows, total)
+    norm = kernels.of(total).square_norm(total / problem.n)
+    return {"f": math.fsum(values) / problem.n, "grad_norm_sq": norm, "sha256": digest.hexdigest()}
 
 
 def execute(
@@ -203,7 +228,15 @@ def execute(
             try:
                 event = next(events)
             except NonFiniteError as error:
-                return rows, state or event.state, "diverged", str(error)
+                assert state is not None  # x^0 is yielded before anything is compressed
+                if rows[-1].round < state.index:
+                    spent = state.meter.bits(channel.n)
+                    rows.append(
+                        Row(state.index, *event.measured, **spent, seconds=before + time.perf_counter() - began)
+                    )
+                    if folder is not None:
+                        folder.record(rows[-1])
+                return rows, state, "diverged", str(error)
             state = event.state
             k, spent = state.index, state.meter.bits(channel.n)
             last = (limit is not None and k >= limit) or (bits is not None and spent["up_bits"] >= bits)
@@ -220,7 +253,7 @@ def execute(
                 reached.grad_norm_sq > EXPLODED * max(rows[0].grad_norm_sq, 1e-300)
             ):
                 return rows, state, "diverged", "||grad f||^2 exploded"
-            if target is not None and reached.grad_norm_sq <= target:
+            if arrived(reached, rows[0], target):
                 return rows, state, "target", ""
             if last:
                 return rows, state, "rounds" if limit is not None and k >= limit else "bits", ""
@@ -251,7 +284,8 @@ def simulate(
 ) -> Run:
     """Simulate a method on a problem, all n clients in this process.
 
-    rounds, bits (uplink payload bits a client): the budget, at least one of them. target: stop at ||grad f||^2 <= it.
+    rounds, bits (uplink payload bits a client): the budget, at least one of them. target: stop at ||grad f||^2 <= it
+    (with f no higher than at the start, see `arrived`).
     step: "theory" or a number; multiple: times that. pl: the PL theorem's step size. every: measure every so many
     rounds. chunk: clients at a time (default: what keeps temporaries at 16 MiB). out: a run folder, checkpointed every
     five seconds and on Ctrl-C; resume=True goes on from there and ends at the identical iterate. record: called with
@@ -266,24 +300,23 @@ def simulate(
         True
     """
     checked_seed(seed)
-    if every < 1 or (chunk is not None and chunk < 1):
-        raise ConfigError(f"every={every}, chunk={chunk}: both count from 1.")
+    if any(c is not None and (not isinstance(c, int) or c < 1) for c in (every, chunk)):
+        raise ConfigError(f"every={every!r}, chunk={chunk!r}: integers, both count from 1.")
     made = parse(method, known_names(), Method) if isinstance(method, str) else method
-    label = compact(made)
-    budget = {"rounds": rounds, "bits": bits, "target": target}
-    ready, theory, gamma = prepare(problem, made, step=step, multiple=multiple, pl=pl, **budget)  # type: ignore[arg-type]
-    descent = Step(gamma)
-    folder = None
-    if out is not None:
-        config: dict[str, Any] = {
-            "problem": {"name": problem.name, "n": problem.n, "d": problem.d, "repr": repr(problem)},
-            "method": label,
-        }
-        rule = "theory" if step == "theory" else "given"
-        config |= {"seed": seed, **budget, "step": {"rule": rule, "gamma": gamma, "multiple": multiple}, "every": every}
-        known = {"smoothness": {k: list(v) for k, v in problem.smoothness().facts().items()}, "title": label}
-        folder = Folder(Path(out), config, resume, known | (facts or {}))
+    budget: dict[str, Any] = {"rounds": rounds, "bits": bits, "target": target}
+    ready, theory, gamma = prepare(problem, made, step=step, multiple=multiple, pl=pl, **budget)
+    label, descent, folder = compact(made), Step(gamma), None
+    rule = "theory" if step == "theory" else "given"
+    config: dict[str, Any] = {"problem": {"name": problem.name, "n": problem.n, "d": problem.d}, "method": label}
+    config |= {"seed": seed, **budget, "step": {"rule": rule, "gamma": gamma, "multiple": multiple}, "every": every}
     channel = channel or Local(problem.n)
+    if out is not None:
+        # Identity is what the problem computes: a repr may hold an address, or leave out the split.
+        config["problem"]["start"] = fingerprint(problem, chunk)
+        known = {"smoothness": {k: list(v) for k, v in problem.smoothness().facts().items()}, "title": label}
+        folder = Folder(Path(out), config, resume, {**known, "described": repr(problem), **(facts or {})})
+        if len(channel.clients) < problem.n:
+            folder.forget()  # a checkpoint of all clients is not one of this rank's: the run is replayed
     if len(channel.clients) < problem.n:
         problem = problem.only(channel.clients)
     try:
@@ -295,7 +328,7 @@ def simulate(
         if folder is not None:
             folder.close()
         raise
-    run = Run(label, ready, theory, gamma, rows, state.x, stopped, note, target)
+    run = Run(label, ready, theory, gamma, rows, state.x, stopped, note, target, config)
     if folder is not None:
         folder.finish(run.result())
     return run

@@ -8,7 +8,7 @@ quantization: Panferov et al., 2024, arXiv:2401.05518. Proof of the step sizes: 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -49,7 +49,7 @@ class Marina(Method):
         self.compressor.check(n, d)
 
     def _constants(self, setting: Setting) -> tuple[AB, float]:
-        ab = ab_for_inputs(self.compressor, setting, equal=float(setting.smoothness.pm) == 0.0)
+        ab = ab_for_inputs(self.compressor, setting, equal=float(setting.smoothness.pm) == 0.0).best(setting.smoothness)
         return ab, ab.gamma(setting.smoothness)
 
     def resolved(self, setting: Setting) -> Marina:
@@ -69,10 +69,11 @@ class Marina(Method):
         where = "docs/derivations/methods.md" + (
             "" if ab.evidence == "proved" else f"; constants {ab.evidence}, not proved"
         )
+        evidence: Literal["proved", "numerical"] = "numerical" if ab.evidence == "numerical" else "proved"
         if setting.pl and s.mu is not None:
             gamma = step_size_pl(s.minus, Gamma, p, s.mu)
-            return StepSize(gamma, f"MARINA under PL, AB inequality ({where})", used | {"mu": s.mu})
-        return StepSize(step_size(s.minus, Gamma, p), f"MARINA, AB inequality ({where})", used)
+            return StepSize(gamma, f"MARINA under PL, AB inequality ({where})", used | {"mu": s.mu}, evidence)
+        return StepSize(step_size(s.minus, Gamma, p), f"MARINA, AB inequality ({where})", used, evidence)
 
     def init(self, x0: Vector, rnd: Round) -> tuple[Server, Worker]:
         return Server(torch.zeros_like(x0)), Worker(x0.new_zeros(len(rnd.clients), len(x0)))

@@ -43,6 +43,7 @@ class Spread:
 class Entry:
     """One line of the leaderboard: a method under one step rule, over `seeds` runs of which `reached` arrived.
 
+    `value` is the median of f there, or at the end.
     `bits`, `total_bits` (up + down), `rounds` are what it took to reach the target. `spent` holds the medians of the
     four traffic columns and of the seconds, each up to the target for the seeds that reached it and over the whole run
     for the others. `vs_gd` is GD's median bits under the same step rule over this entry's (> 1: fewer bits than GD);
@@ -60,6 +61,7 @@ class Entry:
     total_bits: Spread
     rounds: Spread
     grad_norm_sq: float
+    value: float
     spent: dict[str, float]
     vs_gd: float | None
     vs_gd_at_least: bool
@@ -115,6 +117,7 @@ def _entry(race: Race, label: str, step: str, gd: Sequence[RunRecord]) -> Entry:
         total_bits=_to_target(runs, race.target, "total_bits"),
         rounds=_to_target(runs, race.target, "round"),
         grad_norm_sq=Spread.of([_final_norm(run) for run in runs]).median,
+        value=_spent(runs, race.target, "value"),
         spent={name: _spent(runs, race.target, name) for name in (*TRAFFIC, "seconds")},
         vs_gd=vs_gd,
         vs_gd_at_least=at_least,
@@ -340,7 +343,7 @@ def _cells(e: Entry) -> dict[str, str]:
     return {
         "method": e.label,
         "step": e.step,
-        "bits": bits(e.bits.median) if e.arrived else f"– ({e.reached} of {e.seeds})",
+        "bits": bits(e.bits.median) if e.arrived else f"> {bits(e.spent['up_bits'])} ({e.reached} of {e.seeds})",
         "min..max": span(e.bits) if e.arrived and e.seeds > 1 else "",
         "rounds": number(e.rounds.median) if e.arrived else "",
         "vs GD": "" if e.vs_gd is None else ("≥ " if e.vs_gd_at_least else "") + times(e.vs_gd),

@@ -94,10 +94,14 @@ class RunRecord:
         return _number(found.group(1)) if found else None
 
     def crossing(self, target: float | None) -> int | None:
-        """The first row with ||grad f||^2 <= target; None where there is none (or no target)."""
-        if target is None:
+        """The first row with ||grad f||^2 <= target and f <= f(x^0); None where there is none (or no target).
+
+        Far out, the gradient of a bounded loss vanishes as well: an iterate thrown there has reached nothing.
+        """
+        if target is None or not self.rows:
             return None
-        below = np.flatnonzero(self.columns["grad_norm_sq"] <= target)
+        value = self.columns["value"]
+        below = np.flatnonzero((self.columns["grad_norm_sq"] <= target) & (value <= value[0]))
         return int(below[0]) if below.size else None
 
     def quantity(self, name: str) -> Column:

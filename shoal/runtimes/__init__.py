@@ -1,6 +1,6 @@
 """Runtimes: the one driver, and the channels that move its bytes."""
 
 from shoal.runtimes.local import Local
-from shoal.runtimes.rounds import rounds
+from shoal.runtimes.rounds import chunks, rounds
 
-__all__ = ["Local", "rounds"]
+__all__ = ["Local", "chunks", "rounds"]
