@@ -128,6 +128,7 @@ CASES |= {
     "decode_natural_levels": lambda ops, v: [
         ops.decode_natural_levels(v.codes(2 * s + 1), v.r, s) for s in (1, 2, 7, 127)
     ],
+    "decode_natural": lambda ops, v: ops.decode_natural(v.codes(512)),
     "encode_natural": lambda ops, v: ops.encode_natural(v.u, v.private),
     "encode_natural_levels": lambda ops, v: [
         ops.encode_natural_levels(v.u, r, v.private, s) for r in (v.r, v.r * 0.75) for s in (1, 2, 7, 127)

@@ -36,12 +36,6 @@ def read_scale(payload: Tensor) -> Tensor:
     return r
 
 
-def independent_bits(u: Rows, r: Tensor, rnd: Round, name: str) -> Tensor:
-    """(m, ceil(d/8)) uint8: each coordinate rounded to -r_i or r_i, independently."""
-    place = torch.zeros(len(u), dtype=torch.int64)
-    return kernels.of(u).encode_bits(u, r, rnd.draw(f"{name}.bits"), rnd.draw(f"{name}.ties"), 1, place, None)
-
-
 @dataclass(frozen=True)
 class Independent(Unbiased):
     """IQ: one bit a coordinate, or a few, each client rounding on its own.
@@ -84,10 +78,11 @@ class Independent(Unbiased):
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u, ops = checked_rows(u, rnd), kernels.of(u)
         r = checked_scale(ops.norms(u), rnd)
-        if self.levels == 2:
-            code = independent_bits(u, r, rnd, "Independent")
+        private, ties = rnd.draw("Independent.bits"), rnd.draw("Independent.ties")
+        if self.levels == 2:  # encode_levels gives the same bytes, but more slowly
+            code = ops.encode_bits(u, r, private, ties, 1, torch.zeros(len(u), dtype=torch.int64), None)
         else:
-            code = ops.encode_levels(u, r, rnd.draw("Independent.bits"), rnd.draw("Independent.ties"), self.levels)
+            code = ops.encode_levels(u, r, private, ties, self.levels)
         return Messages.of(torch.cat([as_bytes(r[:, None]), code], 1), rnd, u.shape[1])
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor]:

@@ -64,12 +64,22 @@ class Bernoulli(Unbiased):
         return Messages.of(as_bytes(u) * sends[:, None], rnd, u.shape[1], 4 * u.shape[1] * sends)
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
+        values, sends = self._read(msgs, rnd)
+        rows = torch.zeros(len(sends), msgs.d)
+        rows[sends] = (values.double() / self.p).float()
+        return rows
+
+    def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
+        values, _ = self._read(msgs, rnd)
+        return (kernels.of(values).mean_rows(values, rnd.cohort) / self.p).float()
+
+    def _read(self, msgs: Messages, rnd: Round) -> tuple[Rows, Tensor]:
+        """What the senders sent, in slot order, and who they are."""
         sends = self.sends(msgs.slots, rnd)
         payload = msgs.checked(4 * msgs.d * sends)
-        rows = torch.zeros(len(sends), msgs.d)
-        if bool(sends.any()):
-            rows[sends] = (finite_floats(payload[sends], 1.0 / self.p).double() / self.p).float()
-        return rows
+        if not bool(sends.any()):
+            return torch.zeros(0, msgs.d), sends
+        return finite_floats(payload[sends], 1.0 / self.p), sends
 
 
 @dataclass(frozen=True)
@@ -177,11 +187,11 @@ class Natural(Unbiased):
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         payload = msgs.checked(self.capacity(rnd.n, msgs.d))
-        code = kernels.of(payload).unpack(payload, msgs.d, 9)
-        exponent = code & 255
-        if bool((exponent == 255).any()):
+        ops = kernels.of(payload)
+        code = ops.unpack(payload, msgs.d, 9)
+        if bool(((code & 255) == 255).any()):
             raise PayloadError("Natural: the exponent 255 is no power of two in float32.")
-        return (exponent << 23).to(torch.int32).view(torch.float32) * (1 - 2 * (code >> 8)).to(torch.float32)
+        return ops.decode_natural(code)
 
 
 @dataclass(frozen=True)

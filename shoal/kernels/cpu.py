@@ -648,11 +648,14 @@ def sign_bits(u: Tensor) -> Tensor:
 def _pack_trits(code, out):
     d = code.shape[1]
     for i in range(code.shape[0]):
-        for b in range(out.shape[1]):
+        for b in range(d // 5):
+            c = code[i, 5 * b : 5 * b + 5]
+            out[i, b] = np.uint8(c[0] + 3 * c[1] + 9 * c[2] + 27 * c[3] + 81 * c[4])
+        if d % 5:
             byte = 0
-            for j in range(min(5 * b + 4, d - 1), 5 * b - 1, -1):
+            for j in range(d - 1, d // 5 * 5 - 1, -1):
                 byte = 3 * byte + code[i, j]
-            out[i, b] = np.uint8(byte)
+            out[i, d // 5] = np.uint8(byte)
 
 
 def pack_trits(code: Tensor) -> Tensor:
@@ -699,22 +702,41 @@ def encode_natural(u: Tensor, private: Draw) -> Tensor:
 
 
 @njit(cache=True, nogil=True)
+def _decode_natural(code, out):
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            c = np.uint32(code[i, j])
+            out[i, j] = ((c & np.uint32(255)) << np.uint32(23)) | ((c >> np.uint32(8)) << np.uint32(31))
+
+
+def decode_natural(code: Tensor) -> Tensor:
+    out = np.empty(code.shape, np.uint32)
+    _decode_natural(code.numpy(), out)
+    return torch.from_numpy(out.view(np.float32))
+
+
+_MANTISSA = (1 << 52) - 1
+
+
+@njit(cache=True, nogil=True)
 def _encode_natural_levels(u, r, out, slots, index, stream, k0, k1, levels, top):
     d = u.shape[1]
-    tile = np.empty(TILE, np.uint32)
+    tile, t = np.empty(TILE, np.uint32), np.empty(TILE)
+    bits = t.view(np.int64)
     for i in range(u.shape[0]):
         ri = np.float64(r[i])
         for lo in range(0, d, TILE):
             count = min(TILE, d - lo)
             _fill_words(tile[: (count + 63) // 64 * 64], lo // 64, np.uint64(slots[i]), index, stream, k0, k1)
+            x = u[i, lo : lo + count]
             for j in range(count):
-                x = np.float64(u[i, lo + j])
-                t = abs(x) * top / ri if ri > 0.0 else 0.0
-                mantissa, exponent = math.frexp(t)
-                frac = 2.0 * mantissa - 1.0 if exponent >= 1 else t
+                t[j] = abs(np.float64(x[j])) * top / ri if ri > 0.0 else 0.0
+            for j in range(count):
+                exponent = max((bits[j] >> 52) - 1022, 0)  # frexp's, by the bits of a float64 that is never denormal
+                frac = np.float64(bits[j] & _MANTISSA) * 2.0**-52 if exponent > 0 else t[j]
                 up = np.int64((np.float64(tile[j]) + 0.5) * 2.0**-32 < frac)
-                level = min(max(np.int64(exponent), 0) + up, levels)
-                out[i, lo + j] = levels - level if x < 0.0 else levels + level
+                level = min(exponent + up, levels)
+                out[i, lo + j] = levels - level if x[j] < np.float32(0) else levels + level
 
 
 def encode_natural_levels(u: Tensor, r: Tensor, private: Draw, levels: int) -> Tensor:

@@ -17,6 +17,7 @@ __all__ = [
     "add_rows",
     "decode_bits",
     "decode_levels",
+    "decode_natural",
     "decode_natural_levels",
     "encode_bits",
     "encode_levels",
@@ -333,6 +334,13 @@ def encode_natural(u: Tensor, private: Draw) -> Tensor:
     noise = _words(private, u.shape[1]) >> np.uint32(9)
     exponent = ((bits & np.uint32(0x7FFFFFFF)) + noise) >> np.uint32(23)
     return pack(torch.from_numpy(exponent.astype(np.int64) | (bits >> np.uint32(31)).astype(np.int64) << 8), 9)
+
+
+def decode_natural(code: Tensor) -> Tensor:
+    """(m, d) float32 of (m, d) unpacked codes of 9 bits, exponent 0..254: the powers of two that they name, or 0."""
+    c = code.numpy()
+    bits = (c & 255) << 23 | (c >> 8) << 31
+    return torch.from_numpy(bits.astype(np.uint32).view(np.float32))
 
 
 def encode_natural_levels(u: Tensor, r: Tensor, private: Draw, levels: int) -> Tensor:
