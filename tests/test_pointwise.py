@@ -345,7 +345,8 @@ def test_omega_of_levels_is_never_exceeded(d, levels, seed):
 
 
 def test_four_levels_reach_their_supremum():
-    """q = 3: the point (1, 1, 0, 0), put on the sphere of radius 3/2."""
+    """q = 3: the point (1, 1, 0, 0), put on the sphere of radius 3/2. From d = 62 on, three levels do better."""
+    assert [Independent(3).omega(d) < Independent(4).omega(d) for d in (61, 62)] == [False, True]
     assert ratio(Independent(4), [1.0, 1.0, 0.0, 0.0]) == pytest.approx(Independent(4).omega(4), rel=1e-12)
     assert Independent(4).omega(4) == pytest.approx((4 - (3 - math.sqrt(8)) ** 2) / 9, rel=1e-12)
 
