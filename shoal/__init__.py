@@ -7,6 +7,7 @@ n clients minimize f(x) = (1/n) sum f_i(x) and send compressed messages. `shoal.
 from importlib.metadata import PackageNotFoundError, version
 
 from shoal.compressors import QSGD, Correlated, Dense, Independent, PermK, RandK, TopK
+from shoal.compressors.pointwise import Bernoulli, Natural, NaturalDithering, Sign, Ternary
 from shoal.errors import ShoalError
 from shoal.experiments.run import Run, simulate
 from shoal.methods import DCGD, EF21, GD, Diana, Marina
@@ -21,3 +22,4 @@ __all__ = [
     "DCGD", "EF21", "GD", "QSGD", "Classification", "Correlated", "Dense", "Diana", "Independent", "Marina", "PermK",
     "Quadratics", "RandK", "Run", "ShoalError", "TopK", "simulate",
 ]  # fmt: skip
+__all__ += ["Bernoulli", "Natural", "NaturalDithering", "Sign", "Ternary"]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pointwise_laws
 import pytest
 import torch
 import zoo
@@ -28,7 +29,7 @@ from hypothesis import strategies as st
 from zoo import COMPRESSORS, FAMILIES, SHAPES, fits, inputs, round_of, rows_of
 
 from shoal import kernels
-from shoal.compressors import QSGD, Correlated, Dense, Independent, PermK, RandK, TopK
+from shoal.compressors import QSGD, Bernoulli, Correlated, Dense, Independent, NaturalDithering, PermK, RandK, TopK
 from shoal.compressors.correlated import exact_error
 from shoal.compressors.sparse import kept
 from shoal.core import Compressor, Messages, Round, Unbiased
@@ -51,6 +52,8 @@ def encoded(compressor: Compressor, u: torch.Tensor, index: int = 0) -> tuple[Me
 # ------------------------------------------------------------------------------------------------ bytes
 def paper_bytes(c: Compressor, n: int, d: int) -> int:
     """Bytes of all n messages together, from the papers' formulas."""
+    if isinstance(c, pointwise_laws.KINDS):
+        return pointwise_laws.total_bytes(c, n, d)
     k = kept(c.k, d, "") if isinstance(c, RandK | TopK) else 0
     if isinstance(c, Dense):
         return n * 4 * d
@@ -63,7 +66,7 @@ def paper_bytes(c: Compressor, n: int, d: int) -> int:
     if isinstance(c, QSGD):
         return n * (4 + math.ceil(d * math.ceil(math.log2(2 * c.levels + 1)) / 8))
     scale = 0 if isinstance(c, Correlated) and c.scale == "shared" else 4
-    assert isinstance(c, Independent | Correlated), f"no formula for {c!r}"
+    assert isinstance(c, Correlated), f"no formula for {c!r}"
     return n * (scale + math.ceil(d / 8))
 
 
@@ -191,7 +194,8 @@ def overflows(c: Compressor, u: torch.Tensor) -> bool:
     """Whether what the compressor makes of u, by its definition, is beyond float32: a multiple, or a norm."""
     n, d = u.shape
     gain = d / kept(c.k, d, "") if isinstance(c, RandK) else min(n, d) if isinstance(c, PermK) else 1.0
-    normed = isinstance(c, QSGD | Independent) or (isinstance(c, Correlated) and c.scale == "own")
+    gain = pointwise_laws.gain(c) if isinstance(c, pointwise_laws.KINDS) else gain
+    normed = isinstance(c, QSGD | Independent | NaturalDithering) or (isinstance(c, Correlated) and c.scale == "own")
     most = float((u.double().norm(dim=1) if normed else u.double().abs().amax(1) * gain).max())
     return most > torch.finfo(torch.float32).max
 
@@ -431,6 +435,8 @@ def scales(c: Compressor, u: np.ndarray) -> np.ndarray:
 def variance(c: Compressor, u: np.ndarray) -> np.ndarray:
     """(n, d): the exact variance of each coordinate of C_i(u_i)."""
     n, d = u.shape
+    if isinstance(c, pointwise_laws.KINDS):
+        return pointwise_laws.variance(c, u)
     if isinstance(c, RandK):
         return u**2 * (d / kept(c.k, d, "") - 1.0)
     if isinstance(c, PermK):
@@ -440,7 +446,7 @@ def variance(c: Compressor, u: np.ndarray) -> np.ndarray:
         z = c.levels * np.abs(u) / np.where(r > 0, r, 1.0)
         f = z - np.floor(z)
         return (r / c.levels) ** 2 * f * (1.0 - f)
-    assert isinstance(c, Dense | Independent | Correlated), f"no variance for {c!r}"
+    assert isinstance(c, Dense | Correlated), f"no variance for {c!r}"
     return np.zeros_like(u) if isinstance(c, Dense) else np.maximum(0.0, r**2 - u**2)
 
 
@@ -543,7 +549,7 @@ def test_ab_inequality(compressor, family):
         for ab in stated(compressor, n, d):
             bound = ab_bound(ab, u)
             assert seen.joint <= bound + SIX * seen.joint_error + rounding, (n, d)
-            if isinstance(compressor, RandK | PermK | Independent):
+            if isinstance(compressor, RandK | PermK | Bernoulli) or compressor == Independent():
                 assert seen.joint >= bound - SIX * seen.joint_error - rounding, (n, d)
         if isinstance(compressor, PermK) and family == "identical" and (d >= n or n % d == 0):
             assert seen.joint_most <= rounding, "equal inputs are aggregated without error"

@@ -124,6 +124,21 @@ CASES: dict[str, Callable[[ModuleType, Inputs], object]] = {
     "words": lambda ops, v: ops.words(v.private, v.d),
 }
 
+CASES |= {
+    "decode_natural_levels": lambda ops, v: [
+        ops.decode_natural_levels(v.codes(2 * s + 1), v.r, s) for s in (1, 2, 7, 127)
+    ],
+    "decode_natural": lambda ops, v: ops.decode_natural(v.codes(512)),
+    "encode_natural": lambda ops, v: ops.encode_natural(v.u, v.private),
+    "encode_natural_levels": lambda ops, v: [
+        ops.encode_natural_levels(v.u, r, v.private, s) for r in (v.r, v.r * 0.75) for s in (1, 2, 7, 127)
+    ],
+    "mean_abs": lambda ops, v: ops.mean_abs(v.u),
+    "pack_trits": lambda ops, v: ops.pack_trits(v.codes(3)),
+    "sign_bits": lambda ops, v: ops.sign_bits(v.u),
+    "unpack_trits": lambda ops, v: [ops.unpack_trits(ops.pack_trits(v.codes(3)), c) for c in {1, v.d}],
+}
+
 
 def test_every_kernel_has_a_case_and_a_twin():
     assert sorted(CASES) == sorted(reference.__all__)

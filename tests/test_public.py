@@ -27,6 +27,8 @@ NAMES = {
         "RoundMismatch", "ShoalError", "VersionMismatch", "WireError",
     ],
 }  # fmt: skip
+for module in (shoal, compressors):
+    NAMES[module] += ["Bernoulli", "Natural", "NaturalDithering", "Sign", "Ternary"]
 KINDS = [(compressors, Compressor, zoo.COMPRESSORS), (methods, Method, zoo.METHODS), (problems, Problem, zoo.PROBLEMS)]
 PARTS = [
     (name, getattr(module, name), kind, members)

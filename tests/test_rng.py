@@ -101,6 +101,7 @@ STREAMS = {
     "Independent.ties", "Marina.coin", "PermK.coordinates", "PermK.owners", "QSGD.levels", "QSGD.ties",
     "RandK.support",
 }  # fmt: skip
+STREAMS |= {"Bernoulli.coin", "Natural.bits", "NaturalDithering.levels", "Ternary.levels", "Ternary.ties"}
 
 
 def strings(nodes: list[ast.expr]) -> Iterator[ast.expr]:

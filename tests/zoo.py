@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shoal.compressors import QSGD, Correlated, Dense, Independent, PermK, RandK, TopK
 from shoal.compressors.correlated import agree_locally
+from shoal.compressors.pointwise import Bernoulli, Natural, NaturalDithering, Sign, Ternary
 from shoal.core import Channel, Compressor, Messages, Method, Problem, Round, State
 from shoal.descents import Step
 from shoal.errors import ConfigError
@@ -46,6 +47,8 @@ COMPRESSORS: list[Compressor] = [
     Correlated("max"),
     Correlated("max", numerical=True),
 ]
+COMPRESSORS += [Bernoulli(0.6), Sign(), Ternary(), Natural(), NaturalDithering(1), NaturalDithering(3)]
+COMPRESSORS += [Independent(3), Independent(4), Independent(7)]
 SHAPES = [(5, 12), (5, 7), (4, 130), (3, 8), (6, 3), (7, 3), (5, 1), (1, 9), (1, 1), (2, 2)]
 FAMILIES = ["gaussian", "identical", "one-hot", "two-hot", "cauchy", "zeros"]
 

@@ -3,7 +3,8 @@
 QSGD: Alistarh, Grubic, Li, Tomioka, Vojnovic, "QSGD: Communication-Efficient SGD via Gradient Quantization and
 Encoding", 2016, arXiv:1610.02132. Independent: the IQ of Panferov, Demidovich, Rammal, Richtarik, "Correlated
 Quantization for Faster Nonconvex Distributed Optimization", 2024, arXiv:2401.05518. Its constant is d - 1; the d/4 of
-public implementations belongs to three levels (docs/derivations/compressors.md).
+public implementations belongs to three levels (docs/derivations/compressors.md). With more levels it is the same
+rounding on a finer grid.
 """
 
 from __future__ import annotations
@@ -35,45 +36,74 @@ def read_scale(payload: Tensor) -> Tensor:
     return r
 
 
-def independent_bits(u: Rows, r: Tensor, rnd: Round, name: str) -> Tensor:
-    """(m, ceil(d/8)) uint8: each coordinate rounded to -r_i or r_i, independently."""
-    place = torch.zeros(len(u), dtype=torch.int64)
-    return kernels.of(u).encode_bits(u, r, rnd.draw(f"{name}.bits"), rnd.draw(f"{name}.ties"), 1, place, None)
-
-
 @dataclass(frozen=True)
 class Independent(Unbiased):
-    """IQ: one bit a coordinate, each client rounding on its own.
+    """IQ: one bit a coordinate, or a few, each client rounding on its own.
 
-    Each coordinate becomes r or -r, P(r) = (u_j + r) / (2 r), r = ||u||_2, independently.
+    Each coordinate becomes one of its two neighbors among `levels` equidistant points over [-r, r], r = ||u||_2,
+    unbiased and independently. levels = 2: r or -r, P(r) = (u_j + r) / (2 r). An odd number has zero among its points
+    (QSGD's s is (levels - 1) / 2), an even one has not.
 
-    Wire: r as float32 (rounded up), then one bit a coordinate. 32 + 8 ceil(d/8) bits.
+    Wire: r as float32 (rounded up), then the point's number, 0 for -r, in ceil(log2 levels) bits a coordinate.
+    32 + 8 ceil(d ceil(log2 levels) / 8) bits.
 
-    References: arXiv:2401.05518.
+    References: arXiv:2401.05518; more than two levels: docs/derivations/pointwise.md.
     """
 
+    levels: int = 2
+
+    def __post_init__(self) -> None:
+        if isinstance(self.levels, bool) or not isinstance(self.levels, int) or not 2 <= self.levels <= 32767:
+            raise ConfigError(f"Independent(levels={self.levels!r}): the number of points is an integer in 2..32767.")
+
     def omega(self, d: int) -> float:
-        """omega = d - 1, with equality for every u: sum_j (r^2 - u_j^2) = (d - 1) r^2."""
-        return d - 1.0
+        """2 levels: omega = d - 1, with equality for every u: sum_j (r^2 - u_j^2) = (d - 1) r^2.
+
+        Even, q = levels - 1: (d - (q + sqrt(q^2 - 1))^-2) / q^2, the exact supremum for d >= 4, a bound below. Odd:
+        that of QSGD.
+        """
+        if self.levels % 2:
+            return QSGD((self.levels - 1) // 2).omega(d)
+        q = self.levels - 1.0
+        return (d - (q + math.sqrt(q * q - 1.0)) ** -2) / q**2
+
+    @property
+    def _bits(self) -> int:
+        return (self.levels - 1).bit_length()
 
     def capacity(self, n: int, d: int) -> int:
-        """4 + ceil(d/8) bytes, always all used."""
-        return 4 + (d + 7) // 8
+        """4 + ceil(d ceil(log2 levels) / 8) bytes, always all used."""
+        return 4 + (d * self._bits + 7) // 8
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        u = checked_rows(u, rnd)
-        r = checked_scale(kernels.of(u).norms(u), rnd)
-        return Messages.of(
-            torch.cat([as_bytes(r[:, None]), independent_bits(u, r, rnd, "Independent")], 1), rnd, u.shape[1]
-        )
+        u, ops = checked_rows(u, rnd), kernels.of(u)
+        r = checked_scale(ops.norms(u), rnd)
+        private, ties = rnd.draw("Independent.bits"), rnd.draw("Independent.ties")
+        if self.levels == 2:  # encode_levels gives the same bytes, but more slowly
+            code = ops.encode_bits(u, r, private, ties, 1, torch.zeros(len(u), dtype=torch.int64), None)
+        else:
+            code = ops.encode_levels(u, r, private, ties, self.levels)
+        return Messages.of(torch.cat([as_bytes(r[:, None]), code], 1), rnd, u.shape[1])
+
+    def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor]:
+        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
+        if self.levels == 2:
+            return payload[:, 4:], read_scale(payload)
+        code = kernels.of(payload).unpack(payload[:, 4:], msgs.d, self._bits)
+        if len(code) and int(code.max()) >= self.levels:
+            raise PayloadError(f"Independent(levels={self.levels}): a point lies outside 0..{self.levels - 1}.")
+        return code, read_scale(payload)
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
-        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
-        return kernels.of(payload).decode_bits(payload[:, 4:], read_scale(payload), msgs.d)
+        code, r = self._read(msgs, rnd)
+        ops = kernels.of(code)
+        return ops.decode_bits(code, r, msgs.d) if self.levels == 2 else ops.decode_levels(code, r, self.levels)
 
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
-        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
-        return kernels.of(payload).mean_bits(payload[:, 4:], read_scale(payload), msgs.d, rnd.cohort).float()
+        code, r = self._read(msgs, rnd)
+        if self.levels == 2:
+            return kernels.of(code).mean_bits(code, r, msgs.d, rnd.cohort).float()
+        return kernels.of(code).mean_levels(code, r, self.levels, rnd.cohort).float()
 
 
 @dataclass(frozen=True)

@@ -17,23 +17,31 @@ __all__ = [
     "add_rows",
     "decode_bits",
     "decode_levels",
+    "decode_natural",
+    "decode_natural_levels",
     "encode_bits",
     "encode_levels",
+    "encode_natural",
+    "encode_natural_levels",
     "gather",
     "halves",
     "maxes",
+    "mean_abs",
     "mean_bits",
     "mean_levels",
     "mean_rows",
     "mean_sparse",
     "norms",
     "pack",
+    "pack_trits",
     "permutation",
     "scatter",
+    "sign_bits",
     "square_norm",
     "support",
     "topk",
     "unpack",
+    "unpack_trits",
     "words",
 ]
 
@@ -285,3 +293,76 @@ def topk(u: Tensor, k: int) -> Tensor:
     """(m, k) int64, ascending: the k coordinates of largest magnitude; ties go to the lowest index."""
     order = np.argsort(-np.abs(u.numpy()), axis=1, kind="stable")[:, :k]
     return torch.from_numpy(np.sort(order, axis=1))
+
+
+# ------------------------------------------------------------------------------------------------ pointwise codes
+TRITS = np.array([1, 3, 9, 27, 81])
+
+
+def mean_abs(u: Tensor) -> Tensor:
+    """(m,) float32: ||u_i||_1 / d, summed in float64 and rounded to nearest, so that it never exceeds max_j |u_ij|."""
+    sums = _lane_sums(np.abs(u.numpy().astype(np.float64)))
+    return torch.from_numpy((sums / u.shape[1]).astype(np.float32))
+
+
+def sign_bits(u: Tensor) -> Tensor:
+    """(m, ceil(d/8)) uint8, least significant bit first: set where u_ij >= 0, that is for zeros of both signs."""
+    return torch.from_numpy(np.packbits(u.numpy() >= 0, axis=1, bitorder="little"))
+
+
+def pack_trits(code: Tensor) -> Tensor:
+    """(m, ceil(d/5)) uint8 of (m, d) integers 0..2: byte b is sum_l 3^l code[5 b + l], with zeros beyond d."""
+    m, d = code.shape
+    padded = np.zeros((m, -(-d // 5) * 5), np.int64)
+    padded[:, :d] = code.numpy()
+    return torch.from_numpy((padded.reshape(m, -1, 5) @ TRITS).astype(np.uint8))
+
+
+def unpack_trits(payload: Tensor, count: int) -> Tensor:
+    """(m, count) int64 in 0..2: the inverse of `pack_trits`, for bytes below 243."""
+    digits = payload.numpy().astype(np.int64)[..., None] // TRITS % 3
+    return torch.from_numpy(np.ascontiguousarray(digits.reshape(len(payload), -1)[:, :count]))
+
+
+def encode_natural(u: Tensor, private: Draw) -> Tensor:
+    """(m, ceil(9 d / 8)) uint8: the exponent's 8 bits, then the sign, of u rounded to a neighboring power of two.
+
+    The 23 bits of the mantissa are the probability of the upper neighbor: it is taken where adding 23 uniform bits
+    carries into the exponent. Below 2^-126 the neighbors are 0 and 2^-126, by the same addition.
+    """
+    bits = u.numpy().view(np.uint32)
+    noise = _words(private, u.shape[1]) >> np.uint32(9)
+    exponent = ((bits & np.uint32(0x7FFFFFFF)) + noise) >> np.uint32(23)
+    return pack(torch.from_numpy(exponent.astype(np.int64) | (bits >> np.uint32(31)).astype(np.int64) << 8), 9)
+
+
+def decode_natural(code: Tensor) -> Tensor:
+    """(m, d) float32 of (m, d) unpacked codes of 9 bits, exponent 0..254: the powers of two that they name, or 0."""
+    c = code.numpy()
+    bits = (c & 255) << 23 | (c >> 8) << 31
+    return torch.from_numpy(bits.astype(np.uint32).view(np.float32))
+
+
+def encode_natural_levels(u: Tensor, r: Tensor, private: Draw, levels: int) -> Tensor:
+    """(m, ceil(d b / 8)) uint8: |u_ij| / r_i rounded to a neighbor among 0, 2^(1-s), ..., 1/2, 1 (s = levels).
+
+    code = s + sign(u) l in b = ceil(log2(2 s + 1)) bits, level l standing for 2^(l-s) and l = 0 for 0. With
+    t = |u| 2^(s-1) / r in float64, the upper neighbor is taken if (w + 1/2) 2^-32 < frac, w a uniform word, where frac
+    is t below the first level and t / 2^floor(log2 t) - 1 above it.
+    """
+    scale = r.numpy().astype(np.float64)[:, None]
+    t = np.abs(u.numpy().astype(np.float64)) * 2.0 ** (levels - 1) / np.where(scale > 0, scale, 1.0)
+    t = np.where(scale > 0, t, 0.0)
+    mantissa, exponent = np.frexp(t)  # t = mantissa 2^exponent, 1/2 <= mantissa < 1
+    frac = np.where(exponent >= 1, 2.0 * mantissa - 1.0, t)
+    up = (_words(private, u.shape[1]).astype(np.float64) + 0.5) * 2.0**-32 < frac
+    level = np.minimum(np.maximum(exponent, 0) + up, levels)
+    code = np.where(u.numpy() < 0, levels - level, levels + level).astype(np.int64)
+    return pack(torch.from_numpy(code), (2 * levels).bit_length())
+
+
+def decode_natural_levels(code: Tensor, r: Tensor, levels: int) -> Tensor:
+    """(m, d) float32 of (m, d) unpacked codes 0..2 s: sign(code - s) r_i 2^(|code - s| - s), and 0 at s."""
+    level = code.numpy() - levels
+    powers = np.where(level == 0, 0.0, np.sign(level) * 2.0 ** (np.abs(level) - float(levels)))
+    return torch.from_numpy((powers * r.numpy().astype(np.float64)[:, None]).astype(np.float32))
