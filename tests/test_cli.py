@@ -71,7 +71,7 @@ def start(*words: str, cwd: Path, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
-def ended(process: subprocess.Popen, timeout: float = 240) -> Done:
+def ended(process: subprocess.Popen, timeout: float = 480) -> Done:
     """What the process said; it is killed with its group if it does not end."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -94,7 +94,7 @@ def alive(group: int) -> list[str]:
     return found
 
 
-def until(condition: Callable[[], object], seconds: float = 60.0) -> bool:
+def until(condition: Callable[[], object], seconds: float = 180.0) -> bool:
     """Whether it comes true in time."""
     limit = time.monotonic() + seconds
     while time.monotonic() < limit:
@@ -467,7 +467,7 @@ def test_a_killed_race_leaves_no_process_and_ends_at_the_same_bits(tmp_path, lon
         assert done.status == 130
         assert "error: interrupted; go on with: shoal race --resume out" in done.err
         assert json.loads((out / "race.json").read_text())["status"] == "interrupted"
-    assert until(lambda: not alive(process.pid), 20), alive(process.pid)
+    assert until(lambda: not alive(process.pid), 60), alive(process.pid)
     again = ended(start("race", "--resume", "out", cwd=tmp_path))
     assert again.status == 3, again.err
     assert shas(out) == long_race
