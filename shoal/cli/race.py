@@ -44,6 +44,7 @@ from shoal.cli.options import (
     stored_spec,
 )  # fmt: skip
 from shoal.errors import ConfigError
+from shoal.experiments.folder import make_folder
 from shoal.experiments.race import News, check
 from shoal.experiments.race import race as run_race
 from shoal.experiments.spec import ProblemSpec, RaceSpec
@@ -164,6 +165,8 @@ def _race(spec: RaceSpec, folder: Path, resuming: bool, workers: int | None) -> 
     if spec.files:
         err_console.print(f"running code from {escape(', '.join(spec.files))}: trusted, not sandboxed", highlight=False)
     check(spec)  # a wrong race is one line, before anything is drawn
+    if not resuming:
+        make_folder(folder)
     bars: dict[str, TaskID] = {}
     with Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[news]}"),
