@@ -97,7 +97,7 @@ def _rows(chosen: Sequence[Compressor], dims: list[int], repeat: int) -> list[Th
 
 
 def _table(size: int, rows: list[Throughput]) -> Table:
-    """A line a compressor: bits, and for each part its time, its ratio to a copy and, where there is room, GB a second."""
+    """A line a compressor: bits, and for each part its time, its ratio to a copy, where there is room GB a second."""
     wide = out_console.width >= 110
     table = Table(title=f"d = {size:,}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("compressor", overflow="fold")

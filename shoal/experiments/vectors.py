@@ -113,9 +113,11 @@ def _read(path: Path) -> Tensor:
     if path.suffix == ".npy":
         try:
             array = np.load(path, allow_pickle=False)
-            return torch.from_numpy(np.ascontiguousarray(array.astype(np.float64)))
-        except (OSError, ValueError, TypeError, EOFError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{path}: {_line(error)}.") from None
+        if array.dtype.kind not in "biuf":
+            raise DataError(f"{path}: {array.dtype} entries; vectors are real numbers.")
+        return torch.from_numpy(np.ascontiguousarray(array.astype(np.float64)))
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     raise DataError(f"{path}: vectors are read from .npy and .safetensors files.")

@@ -220,7 +220,8 @@ def render(record: Mapping[str, Any]) -> str:
         colors={label: COLORS[i % len(COLORS)] for i, label in enumerate(labels)},
         cells=cells,
         swept=SWEPT.get(record["sweep"] or "", record["sweep"]),
-        data={"points": [_at(point) for point in points], "sweep": _along(record) if record["sweep"] else None},
+        data={"points": [_at(point) for point in points], "sweep": _along(record) if record["sweep"] else None,
+              "values": [point["swept"] for point in points]},
         plotlyjs=get_plotlyjs(),
     )  # fmt: skip
 
