@@ -18,8 +18,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from benchmarks import kernels, memory, race, round
-from benchmarks.measure import Row, machine_line
 from shoal.experiments.folder import versions
+from shoal.experiments.timing import Row, machine_line
 
 # (what measures, its table's title, how many of the samples asked for it takes)
 BENCHES: dict[str, tuple[Callable[[int], Iterator[Row]], str, Callable[[int], int]]] = {

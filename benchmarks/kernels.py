@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Row, beside_copy, normal_rows
 from shoal import kernels, rng
 from shoal.core import Round
+from shoal.experiments.timing import Row, beside_copy, normal_rows
 
 D, K, ROWS = 1_000_000, 10_000, 16
 BITS = 4  # of a packed code

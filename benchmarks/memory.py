@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.measure import ROOT, Row
+from benchmarks import ROOT
 from shoal import Correlated, Marina, Quadratics
 from shoal.descents import Step
+from shoal.experiments.timing import Row
 from shoal.runtimes import Local, rounds
 
 NEVER = 1e-9  # the coin never falls on heads: round 0 alone is full

@@ -20,8 +20,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from benchmarks.measure import ROOT, Row, cpu_seconds
+from benchmarks import ROOT
 from shoal import Quadratics, simulate
+from shoal.experiments.timing import Row, cpu_seconds
 
 N, D, ROUNDS = 400, 32, 400
 METHODS = ("Marina(Correlated())", "Marina(RandK(1))", "Marina(PermK())", "Marina(Independent())")

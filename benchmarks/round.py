@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Row, beside_copy, clock, normal_rows
 from shoal import EF21, QSGD, Correlated, Diana, Independent, Marina, PermK, RandK, TopK
 from shoal.core import Compressor, Messages, Method, Problem, Round, Rows, Vector
 from shoal.descents import Step
 from shoal.errors import ConfigError
 from shoal.experiments.expressions import compact
+from shoal.experiments.timing import Row, beside_copy, clock, normal_rows
 from shoal.runtimes import Local, rounds
 from shoal.theory import Smoothness
 

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from shoal.compressors import QSGD, Correlated, Dense, Independent, PermK, RandK, TopK
 from shoal.compressors.pointwise import Bernoulli, Natural, NaturalDithering, Sign, Ternary
 from shoal.errors import ShoalError
+from shoal.experiments.mean import MeanEstimate, mean_estimation
 from shoal.experiments.run import Run, simulate
 from shoal.methods import DCGD, EF21, GD, Diana, Marina
 from shoal.problems import Classification, Quadratics
@@ -19,7 +20,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "DCGD", "EF21", "GD", "QSGD", "Classification", "Correlated", "Dense", "Diana", "Independent", "Marina", "PermK",
-    "Quadratics", "RandK", "Run", "ShoalError", "TopK", "simulate",
+    "DCGD", "EF21", "GD", "QSGD", "Classification", "Correlated", "Dense", "Diana", "Independent", "Marina",
+    "MeanEstimate", "PermK", "Quadratics", "RandK", "Run", "ShoalError", "TopK", "mean_estimation", "simulate",
 ]  # fmt: skip
 __all__ += ["Bernoulli", "Natural", "NaturalDithering", "Sign", "Ternary"]

@@ -202,7 +202,9 @@ def test_nonconvex_theorem(method):
     convex."""
     ready = resolved(method, MIXED)
     step = ready.step_size(setting(MIXED))
-    assert step.evidence == ("numerical" if "numerical=True" in repr(method) and isinstance(method, Marina) else "proved")
+    assert step.evidence == (
+        "numerical" if "numerical=True" in repr(method) and isinstance(method, Marina) else "proved"
+    )
     averages = [
         float(torch.stack([gradient(MIXED, x).square().sum() for x in path[:LENGTH]]).mean())
         for path in paths(ready, MIXED, step.gamma)
@@ -217,7 +219,9 @@ def test_theorem_under_pl(method):
     method.check(MIXED.n, MIXED.d)
     ready = method.resolved(known)
     step = ready.step_size(known)
-    assert step.evidence == ("numerical" if "numerical=True" in repr(method) and isinstance(method, Marina) else "proved")
+    assert step.evidence == (
+        "numerical" if "numerical=True" in repr(method) and isinstance(method, Marina) else "proved"
+    )
     ids, bound = torch.arange(MIXED.n), potential(ready, MIXED, step.gamma, True)
     found = paths(ready, MIXED, step.gamma)
     for k in (LENGTH // 2, LENGTH):

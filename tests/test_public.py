@@ -16,7 +16,7 @@ from shoal.kernels import reference
 NAMES = {
     shoal: [
         "DCGD", "EF21", "GD", "QSGD", "Classification", "Correlated", "Dense", "Diana", "Independent", "Marina",
-        "PermK", "Quadratics", "RandK", "Run", "ShoalError", "TopK", "simulate",
+        "MeanEstimate", "PermK", "Quadratics", "RandK", "Run", "ShoalError", "TopK", "mean_estimation", "simulate",
     ],
     compressors: ["QSGD", "Correlated", "Dense", "Independent", "PermK", "RandK", "TopK"],
     methods: ["DCGD", "EF21", "GD", "Diana", "Marina"],

@@ -1,4 +1,4 @@
-"""The command line: race, run, report, list. Thin: what a command does stands in experiments and report."""
+"""The command line: race, run, mean, bench, report, list. What a command does is in experiments and report."""
 
 from __future__ import annotations
 
@@ -14,23 +14,29 @@ from rich.markup import escape
 from rich.table import Table
 
 from shoal import __version__, compressors, data, methods, problems, report
-from shoal.cli import race, run
+from shoal.cli import bench, mean, race, run
 from shoal.cli.options import With, app, fail, out_console
 from shoal.errors import ShoalError
 from shoal.experiments.expressions import known_names
+from shoal.report import mean as means
 from shoal.runtimes.replicated import started_by_torchrun
 
-__all__ = ["app", "main", "race", "run"]
+__all__ = ["app", "bench", "main", "mean", "race", "run"]
 
 
 @app.command("report")
 def report_command(
-    folder: Annotated[Path, typer.Argument(help="The folder of a race or of a run, finished or interrupted.")],
+    folder: Annotated[
+        Path, typer.Argument(help="The folder of a race, a run or estimated means, finished or interrupted.")
+    ],
 ) -> None:
     """Read a folder of results again: the leaderboard, report.html, and the figures."""
-    result = report.load(folder)
-    report.print_leaderboard(result, out_console)
-    page = report.write(folder)
+    if means.is_mean(folder):
+        means.print_means(means.load(folder), out_console)
+        page = means.write(folder)
+    else:
+        report.print_leaderboard(report.load(folder), out_console)
+        page = report.write(folder)
     out_console.print(f"[bold]report:[/bold] {escape(str(page.resolve()))}", highlight=False, soft_wrap=True)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -63,6 +65,17 @@ def new_folder(kind: str, name: str) -> Path:
     """Where results go unless --out says otherwise: runs/ or races/, with the time and the problem."""
     stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(name).stem).strip("-").lower() or "problem"
     return Path(f"{kind}s") / f"{datetime.now():%Y%m%d-%H%M%S}-{stem}"
+
+
+def again() -> str:
+    """The words that run this command again, into a folder of its own."""
+    words, kept = iter(sys.argv[1:]), []
+    for word in words:
+        if word == "--out":
+            next(words, None)
+        elif not word.startswith("--out="):
+            kept.append(word)
+    return "shoal " + shlex.join(kept)
 
 
 def given(context: typer.Context) -> set[str]:

@@ -6,7 +6,6 @@ import math
 import re
 import shlex
 import signal
-import sys
 import time
 import tomllib
 from importlib.resources import files
@@ -36,6 +35,7 @@ from shoal.cli.options import (
     Split,
     Target,
     With,
+    again,
     app,
     err_console,
     fail,
@@ -146,17 +146,6 @@ def _range(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _command() -> str:
-    """The words that run this race again, into a folder of its own."""
-    words, kept = iter(sys.argv[1:]), []
-    for word in words:
-        if word == "--out":
-            next(words, None)
-        elif not word.startswith("--out="):
-            kept.append(word)
-    return "shoal " + shlex.join(kept)
-
-
 def _race(spec: RaceSpec, folder: Path, resuming: bool, workers: int | None) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell may start background jobs with SIGINT ignored
@@ -193,7 +182,7 @@ def _race(spec: RaceSpec, folder: Path, resuming: bool, workers: int | None) -> 
             progress.update(bars[news.job], completed=news.fraction, news=f"{news.what}: ‖∇f‖² {norm}")
 
         try:
-            run_race(spec, folder, _command(), resuming, workers, on_news, on_job, on_step)
+            run_race(spec, folder, again(), resuming, workers, on_news, on_job, on_step)
         except KeyboardInterrupt:
             progress.stop()
             if (folder / "race.json").exists():

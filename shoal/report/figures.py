@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shoal.errors import ConfigError
+from shoal.palette import COLORS, GD_COLOR, SYMBOLS
 from shoal.report.leaderboard import Spread, family, number
 from shoal.report.load import Column, Race, RunRecord
 
@@ -33,22 +34,6 @@ AXES: dict[str, tuple[str, str]] = {
     "seconds": ("seconds of wall time", "seconds"),
 }
 POINTS = 400
-
-# Okabe and Ito's palette without its yellow, which is too pale on white, then dark hues that stay apart from it for
-# the common kinds of color blindness. GD is always the near-black one: it is the yardstick.
-GD_COLOR = "#222222"
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#332288", "#44AA99")
-# (matplotlib's marker, plotly's symbol): a second way to tell methods apart, at the point where the target is crossed.
-SYMBOLS = (
-    ("o", "circle"),
-    ("s", "square"),
-    ("D", "diamond"),
-    ("^", "triangle-up"),
-    ("v", "triangle-down"),
-    ("P", "cross"),
-    ("X", "x"),
-    ("p", "pentagon"),
-)
 
 
 @dataclass(frozen=True, eq=False)

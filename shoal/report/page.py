@@ -36,6 +36,7 @@ from shoal.report.load import COLUMNS, Race, RunRecord, load
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from jinja2 import Environment
 
 # plotly.js alone is 4.8 MB. The curves share this many bytes, so that the page stays below 6 MB for any race.
 CURVE_BYTES = 800_000
@@ -66,13 +67,15 @@ def write(folder: str | Path) -> Path:
         "entries": [entry.as_json() for entry in entries],
         "verdict": verdict(race, entries),
     }
-    _replace(race.folder / "leaderboard.json", json.dumps(board, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    replace_file(
+        race.folder / "leaderboard.json", json.dumps(board, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
     parquet.write_table(results_table(race), race.folder / "results.parquet", compression="zstd")
     figures.save(race, race.folder)
-    return _replace(race.folder / "report.html", render(race, entries))
+    return replace_file(race.folder / "report.html", render(race, entries))
 
 
-def _replace(path: Path, text: str) -> Path:
+def replace_file(path: Path, text: str) -> Path:
     """Write a file whole or not at all: a page being read is never half a page."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
@@ -103,21 +106,18 @@ def results_table(race: Race) -> pa.Table:
     return pa.table(table)
 
 
-def render(race: Race, entries: Sequence[Entry] | None = None) -> str:
-    """The page as text: a few MB, most of it plotly.js."""
-    figures.require("jinja2", "plotly")
+def environment() -> Environment:
+    """The templates beside this file, with the filters that write numbers the way people read them."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from plotly.offline import get_plotlyjs
 
-    entries = leaderboard(race) if entries is None else entries
-    environment = Environment(
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    made.filters |= {
         "bits": bits,
         "number": number,
         "times": times,
@@ -126,27 +126,40 @@ def render(race: Race, entries: Sequence[Entry] | None = None) -> str:
         "bytes": _bytes,
         "span": span,
     }
+    return made
+
+
+def render(race: Race, entries: Sequence[Entry] | None = None) -> str:
+    """The page as text: a few MB, most of it plotly.js."""
+    figures.require("jinja2", "plotly")
+    from plotly.offline import get_plotlyjs
+
+    entries = leaderboard(race) if entries is None else entries
     look = figures.styles(race)
-    return environment.get_template("template.html").render(
-        race=race,
-        entries=entries,
-        colors={label: look[label][0] for label in race.methods},
-        verdict=verdict(race, entries),
-        families=when_to_use(race),
-        question=_question(race),
-        chips=_chips(race),
-        heroes=_heroes(race, entries),
-        status=_status(race),
-        steps=[step for step in race.steps if any(s == step for _, s in race.curves)],
-        step_sizes=[_step_sizes(race, label, entries) for label in race.methods],
-        tuning_seeds=sorted({run.seed for run in race.runs if run.trial}),
-        traffic=[(entry, _shares(entry)) for entry in entries],
-        traffic_names=TRAFFIC_NAMES,
-        facts=_facts(race),
-        smoothness=_smoothness(race),
-        hashes=_hashes(race),
-        data=_data(race, entries),
-        plotlyjs=get_plotlyjs(),
+    return (
+        environment()
+        .get_template("template.html")
+        .render(
+            race=race,
+            entries=entries,
+            colors={label: look[label][0] for label in race.methods},
+            verdict=verdict(race, entries),
+            families=when_to_use(race),
+            question=_question(race),
+            chips=_chips(race),
+            heroes=_heroes(race, entries),
+            status=_status(race),
+            steps=[step for step in race.steps if any(s == step for _, s in race.curves)],
+            step_sizes=[_step_sizes(race, label, entries) for label in race.methods],
+            tuning_seeds=sorted({run.seed for run in race.runs if run.trial}),
+            traffic=[(entry, _shares(entry)) for entry in entries],
+            traffic_names=TRAFFIC_NAMES,
+            facts=_facts(race),
+            smoothness=_smoothness(race),
+            hashes=_hashes(race),
+            data=_data(race, entries),
+            plotlyjs=get_plotlyjs(),
+        )
     )
 
 

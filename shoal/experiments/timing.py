@@ -1,4 +1,4 @@
-"""How everything here is timed: CPU time of one thread, each sample beside a memory copy, medians of the samples.
+"""How benchmarks time what they run: CPU time of one thread, each sample beside a memory copy, medians of the samples.
 
 A copy of the same float32 numbers is timed just before each sample, so that a row says how far from a memory copy it
 is: ratio = median of t_copy / t over the pairs, 1.0 is as fast as a copy, and most of what a slow or busy machine does
@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent  # where a child process finds both packages
 clock = time.thread_time_ns  # this thread's CPU time: rich's own thread and other processes are not in it
 
 

@@ -1,0 +1,162 @@
+"""shoal mean: estimate the mean of n vectors with many compressors, and say which to take."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from shoal.cli.options import With, again, app, err_console, new_folder, out_console
+from shoal.errors import ConfigError
+from shoal.experiments.folder import make_folder
+from shoal.experiments.mean import MeanEstimate, mean_estimation
+from shoal.experiments.vectors import DRAWN, Inputs, given, made, read
+from shoal.report import mean as page
+
+PATIENCE = 2.0  # seconds without a progress bar
+
+
+@app.command()
+def mean(
+    context: typer.Context,
+    compressors: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="COMPRESSORS...", help="Expressions such as 'RandK(0.03)'. Left out: all unbiased ones."
+        ),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", "-n", help="Number of vectors.")] = 16,
+    d: Annotated[int, typer.Option("--d", "-d", help="Coordinates.")] = 4096,
+    inputs: Annotated[str, typer.Option(help=", ".join(DRAWN) + " (S a number).")] = "gaussian",
+    vectors: Annotated[
+        list[Path] | None,
+        typer.Option(help="A .npy or .safetensors file with the vectors, a row a client; can be given several times."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Independent rounds, at least 2.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of made vectors and of all compressors.")] = 0,
+    sweep: Annotated[
+        str | None, typer.Option(metavar="WHAT=VALUES", help="n=2,4,8 or d=64,1024 or near=0.01,0.1,1: one point each.")
+    ] = None,
+    with_file: With = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of results; must be empty or new.")] = None,
+) -> None:
+    """How well does each compressor estimate the mean of n vectors, for how many bits, and how fast?
+
+    [bold]shoal mean[/bold]
+    [bold]shoal mean --n 16 --d 4096 --inputs near:0.1 "Correlated()" "RandK(0.03)" --sweep n=2,4,8,16,32[/bold]
+    [bold]shoal mean --vectors gradients.npy[/bold]
+    """
+    asked = {name for name in context.params if _on_command_line(context, name)}
+    swept, values = _sweep(sweep)
+    _refuse(asked, swept, bool(vectors))
+    points = _read(vectors, swept, values) if vectors else _made(inputs, n, d, seed, swept, values)
+    torch.set_num_threads(1)
+    if with_file:
+        err_console.print(f"running code from {', '.join(with_file)}: trusted, not sandboxed", highlight=False)
+    name = points[0].name if swept != "near" else "near"
+    folder = out or new_folder("mean", name.replace(":", "-"))
+    fresh = not folder.exists()
+    make_folder(folder)  # it must be known to be writable before anything is measured
+    try:
+        result = _measured(points, compressors, rounds, seed, swept, with_file or ())
+    except BaseException:
+        if fresh:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+    result.save(folder, again())
+    _close(folder)
+
+
+def _on_command_line(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _sweep(text: str | None) -> tuple[str | None, list[float]]:
+    """("n", [2, 4, 8]) of "n=2,4,8"."""
+    if text is None:
+        return None, []
+    what, _, listed = text.partition("=")
+    try:
+        values: list[float] = [float(v) if what == "near" else int(v) for v in listed.split(",")]
+    except ValueError:
+        values = []
+    if what not in ("n", "d", "near") or not values or not all(0 < v < math.inf for v in values):
+        raise ConfigError(f"--sweep {text}: n=2,4,8 or d=64,1024 or near=0.01,0.1,1, positive numbers.")
+    if sorted(set(values)) != values:
+        raise ConfigError(f"--sweep {text}: values must ascend, each once.")
+    return what, values
+
+
+def _refuse(asked: set[str], swept: str | None, files: bool) -> None:
+    """An option that would be ignored is a mistake."""
+    if files:
+        unused = asked & {"n", "d", "inputs"}
+        if unused or swept == "near":
+            words = ", ".join(f"--{name}" for name in sorted(unused)) or "--sweep near"
+            raise ConfigError(f"--vectors brings the vectors: leave out {words}.")
+    if swept in asked or (swept == "near" and "inputs" in asked):
+        raise ConfigError(f"--sweep {swept} sets it: leave out --{'inputs' if swept == 'near' else swept}.")
+
+
+def _made(family: str, n: int, d: int, seed: int, swept: str | None, values: list[float]) -> list[Inputs]:
+    if swept == "n":
+        return [made(family, int(v), d, seed, v) for v in values]
+    if swept == "d":
+        return [made(family, n, int(v), seed, v) for v in values]
+    if swept == "near":
+        return [made(f"near:{v:g}", n, d, seed, v) for v in values]
+    return [made(family, n, d, seed)]
+
+
+def _read(files: list[Path], swept: str | None, values: list[float]) -> list[Inputs]:
+    """The vectors in the files; in a sweep the first n of them, or their first d coordinates."""
+    rows, name = read(files), ", ".join(file.name for file in files)
+    if swept is None:
+        return [given(rows, name)]
+    have = rows.shape[0 if swept == "n" else 1]
+    if values[-1] > have:
+        raise ConfigError(f"--sweep {swept}={values[-1]:g}: the files have {swept} = {have}.")
+    return [given(rows[: int(v)] if swept == "n" else rows[:, : int(v)], name, v) for v in values]
+
+
+def _measured(
+    points: list[Inputs], compressors: list[str] | None, rounds: int, seed: int, swept: str | None, files: Sequence[str]
+) -> MeanEstimate:
+    """The measurements, with a bar on the screen once they take longer than two seconds."""
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=err_console)
+    task, began, shown = bar.add_task("", total=1.0), time.monotonic(), False
+
+    def progress(label: str, share: float) -> None:
+        nonlocal shown
+        if not shown and time.monotonic() - began > PATIENCE:
+            bar.start()
+            shown = True
+        if shown:
+            bar.update(task, description=escape(label), completed=share)
+
+    try:
+        return mean_estimation(points, compressors, rounds, seed, sweep=swept, files=files, progress=progress)
+    finally:
+        if shown:
+            bar.stop()
+
+
+def _close(folder: Path) -> None:
+    page.print_means(page.load(folder), out_console)
+    out_console.print(f"all of it: {escape(str(folder))}", highlight=False, soft_wrap=True)
+    try:
+        written = page.write(folder)
+    except ConfigError as error:  # the extra is missing: the numbers stand, the page does not
+        err_console.print(f"[yellow]no report.html:[/yellow] {escape(str(error))}", highlight=False, soft_wrap=True)
+    else:
+        out_console.print(f"[bold]report:[/bold] {escape(str(written.resolve()))}", highlight=False, soft_wrap=True)
