@@ -172,6 +172,7 @@ class Compressor(ABC):
     """
 
     agrees = False  # whether `prepare` returns scalars whose maximum all clients must know before `encode`
+    fixed_length = False  # whether every message is exactly `capacity` bytes long
 
     def check(self, n: int, d: int) -> None:  # noqa: B027
         """Raise ConfigError if these n clients cannot compress d coordinates; called before anything runs."""
@@ -253,6 +254,8 @@ class Dense(Compressor):
     It lives here, not in `shoal.compressors` (which exports it), because it is what every method sends down and what
     MARINA sends on heads.
     """
+
+    fixed_length = True
 
     def __repr__(self) -> str:
         return "Dense()"

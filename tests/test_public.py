@@ -15,10 +15,12 @@ from shoal.kernels import reference
 
 NAMES = {
     shoal: [
-        "DCGD", "EF21", "GD", "QSGD", "Classification", "Correlated", "Dense", "Diana", "Independent", "Marina",
-        "PermK", "Quadratics", "RandK", "Run", "ShoalError", "TopK", "simulate",
+        "DCGD", "EF21", "GD", "QSGD", "Classification", "Composed", "Correlated", "Dense", "Diana", "Independent",
+        "Marina", "PerLayer", "PermK", "Quadratics", "RandK", "Run", "Scaled", "ShoalError", "TopK", "simulate",
     ],
-    compressors: ["QSGD", "Correlated", "Dense", "Independent", "PermK", "RandK", "TopK"],
+    compressors: [
+        "QSGD", "Composed", "Correlated", "Dense", "Independent", "PerLayer", "PermK", "RandK", "Scaled", "TopK",
+    ],
     methods: ["DCGD", "EF21", "GD", "Diana", "Marina"],
     problems: ["Classification", "Quadratics", "measured_pm"],
     errors: [

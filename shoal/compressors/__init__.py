@@ -4,6 +4,9 @@ from shoal.compressors.correlated import Correlated
 from shoal.compressors.dither import QSGD, Independent
 from shoal.compressors.permk import PermK
 from shoal.compressors.sparse import RandK, TopK
+from shoal.compressors.wrap import Composed, PerLayer, Scaled
 from shoal.core import Dense
 
-__all__ = ["QSGD", "Correlated", "Dense", "Independent", "PermK", "RandK", "TopK"]
+__all__ = [
+    "QSGD", "Composed", "Correlated", "Dense", "Independent", "PerLayer", "PermK", "RandK", "Scaled", "TopK",
+]  # fmt: skip
