@@ -7,7 +7,16 @@ n clients minimize f(x) = (1/n) sum f_i(x) and send compressed messages. `shoal.
 from importlib.metadata import PackageNotFoundError, version
 
 from shoal.compressors import (
-    QSGD, Composed, Correlated, Dense, Independent, PerLayer, PermK, RandK, Scaled, TopK,
+    QSGD,
+    Composed,
+    Correlated,
+    Dense,
+    Independent,
+    PerLayer,
+    PermK,
+    RandK,
+    Scaled,
+    TopK,
 )  # fmt: skip
 from shoal.errors import ShoalError
 from shoal.experiments.run import Run, simulate

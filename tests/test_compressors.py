@@ -30,7 +30,16 @@ from zoo import COMPRESSORS, FAMILIES, SHAPES, fits, inputs, round_of, rows_of
 
 from shoal import kernels
 from shoal.compressors import (
-    QSGD, Composed, Correlated, Dense, Independent, PerLayer, PermK, RandK, Scaled, TopK,
+    QSGD,
+    Composed,
+    Correlated,
+    Dense,
+    Independent,
+    PerLayer,
+    PermK,
+    RandK,
+    Scaled,
+    TopK,
 )  # fmt: skip
 from shoal.compressors.correlated import exact_error
 from shoal.compressors.sparse import kept

@@ -17,7 +17,16 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from shoal.compressors import (
-    QSGD, Composed, Correlated, Dense, Independent, PerLayer, PermK, RandK, Scaled, TopK,
+    QSGD,
+    Composed,
+    Correlated,
+    Dense,
+    Independent,
+    PerLayer,
+    PermK,
+    RandK,
+    Scaled,
+    TopK,
 )  # fmt: skip
 from shoal.compressors.correlated import agree_locally
 from shoal.core import Channel, Compressor, Messages, Method, Problem, Round, State

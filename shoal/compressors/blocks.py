@@ -25,11 +25,13 @@ def ranges(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.arange(pointer[-1]) + np.repeat(start - pointer[:-1], length), pointer
 
 
-def alike(*keys: Tensor) -> Iterator[tuple[Tensor, list[int]]]:
+def alike(*keys: Tensor) -> Iterator[tuple[Tensor | slice, tuple[int, ...]]]:
     """(rows, values) for every combination of the keys, each (m,) int64, that occurs: the rows that share it.
 
     A kernel takes rows of one length: blocks that differ by one are two calls, and no row is padded.
     """
-    kinds, which = torch.stack(keys, 1).unique(dim=0, return_inverse=True)
-    for number, values in enumerate(kinds.tolist()):
-        yield torch.nonzero(which == number)[:, 0], values
+    found = list(zip(*(key.tolist() for key in keys), strict=True))
+    kinds = sorted(set(found))
+    for kind in kinds:
+        rows = [i for i, values in enumerate(found) if values == kind] if len(kinds) > 1 else []
+        yield torch.tensor(rows) if rows else slice(None), kind

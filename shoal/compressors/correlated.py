@@ -258,12 +258,12 @@ class Correlated(Compressor):
         """Who sends what: one permutation of the clients gives the groups, and the places in them."""
         self.check(rnd.cohort, d)
         at = rnd.permutation(rnd.cohort, "Correlated.places").numpy()[slots.numpy()]
-        order = rnd.permutation(d, "Correlated.coordinates")
+        order = rnd.permutation(d, "Correlated.coordinates").numpy()
         (first, size), (start, length) = cut(rnd.cohort, self.blocks), cut(d, self.blocks)
         group = np.searchsorted(first, at, side="right") - 1
         index, pointer = ranges(start[group], length[group])
         return Split(
-            order[torch.from_numpy(index)],
+            torch.from_numpy(order[index]),
             torch.from_numpy(pointer),
             torch.from_numpy(size[group]),
             torch.from_numpy(at - first[group]),

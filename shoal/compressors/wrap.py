@@ -296,9 +296,9 @@ class PerLayer(Compressor):
         if wide < head or bool((msgs.nbytes < head).any()) or bool((msgs.nbytes > wide).any()):
             raise LengthError(f"rows of {msgs.nbytes.tolist()[:4]} bytes in {wide}: less than PerLayer's lengths take.")
         lengths = torch.tensor(caps).repeat(m, 1)
-        stated = payload[:, :head].contiguous().view(torch.int32).to(torch.int64)
-        lengths[:, self._prefixed()] = stated
-        bad = (lengths < 0) | (lengths > torch.tensor(caps))
+        octets = payload[:, :head].to(torch.int64).reshape(m, head // 4, 4)
+        lengths[:, self._prefixed()] = (octets << torch.tensor([0, 8, 16, 24])).sum(2)
+        bad = lengths > torch.tensor(caps)
         if bool(bad.any()) or not torch.equal(lengths.sum(1) + head, msgs.nbytes):
             raise LengthError(f"rows of {msgs.nbytes.tolist()[:4]} bytes: PerLayer's layers do not add up to them.")
         at, out = torch.full((m,), head), []

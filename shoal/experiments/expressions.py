@@ -1,6 +1,7 @@
 """Expressions such as "Marina(Correlated(scale='own'), p=0.1)": parsed, never evaluated as code.
 
-A name must be a known class; arguments are literals, further such expressions, or tuples of either. `compact` is the way back.
+A name must be a known class; arguments are literals, further such expressions, or tuples
+of either. `compact` is the way back.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def _argument(node: ast.expr, names: dict[str, type], text: str) -> Any:
     if isinstance(node, ast.Name | ast.Call):
         return _build(node, names, text)
     if isinstance(node, ast.Tuple | ast.List):
-        return tuple(_argument(element, names, text) for element in node.elts)
+        elements = [_argument(element, names, text) for element in node.elts]
+        return tuple(elements) if isinstance(node, ast.Tuple) else elements
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
