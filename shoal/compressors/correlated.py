@@ -186,7 +186,7 @@ class Correlated(Compressor):
             if len(u) and float(ops.maxes(u).max()) > float(r[0]):
                 raise ConfigError(f"the agreed scale {float(r[0]):g} is smaller than an entry; agree on max |u_ij|.")
         if self.blocks == 1:
-            place = rnd.permutation(rnd.cohort, "Correlated.places")[rnd.slots]
+            place = self._places(rnd.slots, rnd)
             return Messages.of(self._rounded(u, r, rnd, rnd.cohort, place), rnd, d)
         part = self._split(rnd.slots, d, rnd)
         values = ops.gather(u, part.coordinates, part.pointer, -(-d // self.blocks))
@@ -204,7 +204,8 @@ class Correlated(Compressor):
         head = r is None
         if r is None:
             r = checked_scale(ops.norms(u) if self.scale == "own" else ops.maxes(u), rnd, rnd.cohort / strata)
-        shifts = rng.below(rnd.shared("Correlated.shifts"), d, strata)
+        lot = rnd.fork(f"groups of {strata}") if self.blocks > 1 else rnd  # no number is drawn twice in a round
+        shifts = rng.below(lot.shared("Correlated.shifts"), d, strata)
         private, ties = rnd.draw("Correlated.bits"), rnd.draw("Correlated.ties")
         if self.levels == 2:
             code = ops.encode_bits(u, r, private, ties, strata, place, shifts)
@@ -254,10 +255,13 @@ class Correlated(Compressor):
         ops = kernels.of(code)
         return ops.decode_bits(code, r, d) if self.levels == 2 else ops.decode_levels(code, r, self.levels)
 
+    def _places(self, slots: Tensor, rnd: Round) -> Tensor:
+        return rnd.permutation(rnd.cohort, "Correlated.places")[slots]
+
     def _split(self, slots: Tensor, d: int, rnd: Round) -> Split:
         """Who sends what: one permutation of the clients gives the groups, and the places in them."""
         self.check(rnd.cohort, d)
-        at = rnd.permutation(rnd.cohort, "Correlated.places").numpy()[slots.numpy()]
+        at = self._places(slots, rnd).numpy()
         order = rnd.permutation(d, "Correlated.coordinates").numpy()
         (first, size), (start, length) = cut(rnd.cohort, self.blocks), cut(d, self.blocks)
         group = np.searchsorted(first, at, side="right") - 1
