@@ -6,8 +6,23 @@ n clients minimize f(x) = (1/n) sum f_i(x) and send compressed messages. `shoal.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from shoal.compressors import QSGD, Correlated, Dense, Independent, PermK, RandK, TopK
-from shoal.compressors.pointwise import Bernoulli, Natural, NaturalDithering, Sign, Ternary
+from shoal.compressors import (
+    QSGD,
+    Bernoulli,
+    Composed,
+    Correlated,
+    Dense,
+    Independent,
+    Natural,
+    NaturalDithering,
+    PerLayer,
+    PermK,
+    RandK,
+    Scaled,
+    Sign,
+    Ternary,
+    TopK,
+)  # fmt: skip
 from shoal.errors import ShoalError
 from shoal.experiments.mean import MeanEstimate, mean_estimation
 from shoal.experiments.run import Run, simulate
@@ -20,7 +35,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "DCGD", "EF21", "GD", "QSGD", "Classification", "Correlated", "Dense", "Diana", "Independent", "Marina",
-    "MeanEstimate", "PermK", "Quadratics", "RandK", "Run", "ShoalError", "TopK", "mean_estimation", "simulate",
+    "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Composed", "Correlated", "Dense", "Diana",
+    "Independent", "Marina", "MeanEstimate", "Natural", "NaturalDithering", "PerLayer", "PermK", "Quadratics",
+    "RandK", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "mean_estimation", "simulate",
 ]  # fmt: skip
-__all__ += ["Bernoulli", "Natural", "NaturalDithering", "Sign", "Ternary"]

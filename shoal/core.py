@@ -173,6 +173,7 @@ class Compressor(ABC):
     """
 
     agrees = False  # whether `prepare` returns scalars whose maximum all clients must know before `encode`
+    fixed_length = False  # whether every message is exactly `capacity` bytes long
 
     def check(self, n: int, d: int) -> None:  # noqa: B027
         """Raise ConfigError if these n clients cannot compress d coordinates; called before anything runs."""
@@ -184,7 +185,7 @@ class Compressor(ABC):
     def predicted_bits(self, n: int, d: int) -> float:
         """Uplink bits a client a round, agreement included: what p and horizons are chosen by, never what is counted.
 
-        8 times the capacity; a code of variable length states its mean.
+        8 times the capacity; a code of variable length states its mean, or a lower bound of it.
         """
         return 8.0 * self.capacity(n, d) + (32.0 if self.agrees else 0.0)
 
@@ -254,6 +255,8 @@ class Dense(Compressor):
     It lives here, not in `shoal.compressors` (which exports it), because it is what every method sends down and what
     MARINA sends on heads.
     """
+
+    fixed_length = True
 
     def __repr__(self) -> str:
         return "Dense()"

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import composition
 import numpy as np
 import pointwise_laws
 import pytest
@@ -29,7 +30,20 @@ from hypothesis import strategies as st
 from zoo import COMPRESSORS, FAMILIES, SHAPES, fits, inputs, round_of, rows_of
 
 from shoal import kernels
-from shoal.compressors import QSGD, Bernoulli, Correlated, Dense, Independent, NaturalDithering, PermK, RandK, TopK
+from shoal.compressors import (
+    QSGD,
+    Bernoulli,
+    Composed,
+    Correlated,
+    Dense,
+    Independent,
+    NaturalDithering,
+    PerLayer,
+    PermK,
+    RandK,
+    Scaled,
+    TopK,
+)  # fmt: skip
 from shoal.compressors.correlated import exact_error
 from shoal.compressors.sparse import kept
 from shoal.core import Compressor, Messages, Round, Unbiased
@@ -55,6 +69,8 @@ def paper_bytes(c: Compressor, n: int, d: int) -> int:
     if isinstance(c, pointwise_laws.KINDS):
         return pointwise_laws.total_bytes(c, n, d)
     k = kept(c.k, d, "") if isinstance(c, RandK | TopK) else 0
+    if isinstance(c, Composed | Correlated | PerLayer | Scaled):
+        return composition.paper_bytes(c, n, d, paper_bytes)
     if isinstance(c, Dense):
         return n * 4 * d
     if isinstance(c, RandK):
@@ -65,9 +81,7 @@ def paper_bytes(c: Compressor, n: int, d: int) -> int:
         return 4 * max(n, d)  # every coordinate once, or every client one coordinate
     if isinstance(c, QSGD):
         return n * (4 + math.ceil(d * math.ceil(math.log2(2 * c.levels + 1)) / 8))
-    scale = 0 if isinstance(c, Correlated) and c.scale == "shared" else 4
-    assert isinstance(c, Correlated), f"no formula for {c!r}"
-    return n * (scale + math.ceil(d / 8))
+    raise AssertionError(f"no formula for {c!r}")
 
 
 @every
@@ -193,6 +207,8 @@ SPECIAL = {
 def overflows(c: Compressor, u: torch.Tensor) -> bool:
     """Whether what the compressor makes of u, by its definition, is beyond float32: a multiple, or a norm."""
     n, d = u.shape
+    if isinstance(c, Composed | PerLayer | Scaled) or (isinstance(c, Correlated) and c.blocks > 1):
+        return composition.overflows(c, u, overflows)
     gain = d / kept(c.k, d, "") if isinstance(c, RandK) else min(n, d) if isinstance(c, PermK) else 1.0
     gain = pointwise_laws.gain(c) if isinstance(c, pointwise_laws.KINDS) else gain
     normed = isinstance(c, QSGD | Independent | NaturalDithering) or (isinstance(c, Correlated) and c.scale == "own")
@@ -403,7 +419,7 @@ def moments(compressor: Compressor, family: str, n: int, d: int) -> Moments:
         rnd = Round.full(0, 0, T * n)
         drawn = compressor.decode(compressor.encode(u.repeat(T, 1), rnd), rnd).double().reshape(T, n, d).numpy()
     else:
-        T = 2 if hasattr(compressor, "alpha") else 1_500
+        T = 2 if isinstance(compressor, TopK) else 1_500
         rnd, drawn = round_of(compressor, u), np.empty((T, n, d))
         for k in range(T):
             now = replace(rnd, index=k)
@@ -441,12 +457,16 @@ def variance(c: Compressor, u: np.ndarray) -> np.ndarray:
         return u**2 * (d / kept(c.k, d, "") - 1.0)
     if isinstance(c, PermK):
         return u**2 * (min(n, d) - 1.0)
+    if isinstance(c, Composed | PerLayer) or (isinstance(c, Correlated) and c.blocks > 1):
+        return composition.variance(c, u, variance)
     r = scales(c, u)
+    if isinstance(c, Correlated):
+        return composition.grid_variance(u, r, c.levels)
     if isinstance(c, QSGD):
         z = c.levels * np.abs(u) / np.where(r > 0, r, 1.0)
         f = z - np.floor(z)
         return (r / c.levels) ** 2 * f * (1.0 - f)
-    assert isinstance(c, Dense | Correlated), f"no variance for {c!r}"
+    assert isinstance(c, Dense), f"no variance for {c!r}"
     return np.zeros_like(u) if isinstance(c, Dense) else np.maximum(0.0, r**2 - u**2)
 
 
@@ -477,7 +497,8 @@ def test_variance_of_every_client(compressor, family):
             if zoo.has(compressor, "omega"):
                 assert (exact <= compressor.omega(d) * size * (1 + 1e-9) + 1e-12).all(), (n, d)
         if hasattr(compressor, "alpha"):
-            assert (seen.square <= (1.0 - compressor.alpha(d)) * size + 1e-12).all(), (n, d)
+            allowed = SIX * seen.square_error + 1e-6 * size  # TopK is not random: its standard error is 0
+            assert (seen.square <= (1.0 - compressor.alpha(d)) * size + allowed).all(), (n, d)
 
 
 def test_omega_is_tight():

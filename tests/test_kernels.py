@@ -83,7 +83,14 @@ def rounded(ops: ModuleType, v: Inputs) -> list[Tensor]:
 
 def leveled(ops: ModuleType, v: Inputs) -> list[Tensor]:
     norm = torch.where(torch.isfinite(n := reference.norms(v.u)), n, v.r)
-    return [ops.encode_levels(v.u, r, v.private, v.tie, s) for r in (v.r, norm) for s in (2, 3, 7, 15, 16, 32767)]
+    out = [ops.encode_levels(v.u, r, v.private, v.tie, s) for r in (v.r, norm) for s in (2, 3, 7, 15, 16, 32767)]
+    for strata in (2, 5, 1000):
+        place = torch.arange(v.m) % strata
+        shifts = torch.from_numpy(np.random.default_rng(strata).integers(0, strata, (1, v.d)).astype(np.int32))
+        for s in (2, 3, 16):
+            out.append(ops.encode_levels(v.u, v.r, v.private, v.tie, s, strata, place, shifts))
+            out.append(ops.encode_levels(v.u, norm, v.private, v.tie, s, strata, place, None))
+    return out
 
 
 def packed(ops: ModuleType, v: Inputs) -> list[Tensor]:

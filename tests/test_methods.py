@@ -22,7 +22,7 @@ from zoo import CONVEX, EQUAL, METHODS, MIXED, inputs, resolved, round_of, setti
 
 from shoal import kernels
 from shoal.compressors import QSGD, Correlated, Dense, Independent, PermK, RandK, Sign, TopK
-from shoal.core import DENSE, Method, Problem, Round
+from shoal.core import Method, Problem, Round
 from shoal.descents import Step
 from shoal.errors import ConfigError
 from shoal.kernels import Draw, cpu
@@ -186,7 +186,7 @@ def potential(method: Method, problem: Problem, gamma: float, pl: bool) -> float
 
 
 def paths(method: Method, problem: Problem, gamma: float) -> list[torch.Tensor]:
-    sure = isinstance(method, GD | EF21) or method.compressor == DENSE or getattr(method, "p", None) == 1.0
+    sure = isinstance(method, GD) or isinstance(method.compressor, Dense | TopK) or getattr(method, "p", None) == 1.0
     return [iterates(method, problem, gamma, LENGTH, seed) for seed in range(1 if sure else SEEDS)]
 
 

@@ -15,10 +15,14 @@ from shoal.kernels import reference
 
 NAMES = {
     shoal: [
-        "DCGD", "EF21", "GD", "QSGD", "Classification", "Correlated", "Dense", "Diana", "Independent", "Marina",
-        "MeanEstimate", "PermK", "Quadratics", "RandK", "Run", "ShoalError", "TopK", "mean_estimation", "simulate",
+        "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Composed", "Correlated", "Dense", "Diana",
+        "Independent", "Marina", "MeanEstimate", "Natural", "NaturalDithering", "PerLayer", "PermK", "Quadratics",
+        "RandK", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "mean_estimation", "simulate",
     ],
-    compressors: ["QSGD", "Correlated", "Dense", "Independent", "PermK", "RandK", "TopK"],
+    compressors: [
+        "QSGD", "Bernoulli", "Composed", "Correlated", "Dense", "Independent", "Natural", "NaturalDithering",
+        "PerLayer", "PermK", "RandK", "Scaled", "Sign", "Ternary", "TopK",
+    ],
     methods: ["DCGD", "EF21", "GD", "Diana", "Marina"],
     problems: ["Classification", "Quadratics", "measured_pm"],
     errors: [
@@ -27,8 +31,6 @@ NAMES = {
         "RoundMismatch", "ShoalError", "VersionMismatch", "WireError",
     ],
 }  # fmt: skip
-for module in (shoal, compressors):
-    NAMES[module] += ["Bernoulli", "Natural", "NaturalDithering", "Sign", "Ternary"]
 KINDS = [(compressors, Compressor, zoo.COMPRESSORS), (methods, Method, zoo.METHODS), (problems, Problem, zoo.PROBLEMS)]
 PARTS = [
     (name, getattr(module, name), kind, members)

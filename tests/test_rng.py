@@ -97,7 +97,8 @@ def test_golden_permutation_and_support(ops):
 # ------------------------------------------------------------------------------------------------ streams
 DRAWING = {"draw", "shared", "uniform", "coin", "permutation"}
 STREAMS = {
-    "Correlated.bits", "Correlated.places", "Correlated.shifts", "Correlated.ties", "Independent.bits",
+    "Correlated.bits", "Correlated.coordinates", "Correlated.places", "Correlated.shifts", "Correlated.ties",
+    "Independent.bits",
     "Independent.ties", "Marina.coin", "PermK.coordinates", "PermK.owners", "QSGD.levels", "QSGD.ties",
     "RandK.support",
 }  # fmt: skip

@@ -16,7 +16,18 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from shoal.compressors import QSGD, Correlated, Dense, Independent, PermK, RandK, TopK
+from shoal.compressors import (
+    QSGD,
+    Composed,
+    Correlated,
+    Dense,
+    Independent,
+    PerLayer,
+    PermK,
+    RandK,
+    Scaled,
+    TopK,
+)  # fmt: skip
 from shoal.compressors.correlated import agree_locally
 from shoal.compressors.pointwise import Bernoulli, Natural, NaturalDithering, Sign, Ternary
 from shoal.core import Channel, Compressor, Messages, Method, Problem, Round, State
@@ -46,6 +57,15 @@ COMPRESSORS: list[Compressor] = [
     Correlated("own", numerical=True),
     Correlated("max"),
     Correlated("max", numerical=True),
+    Correlated(levels=4),
+    Correlated("own", levels=3),
+    Correlated(blocks=2),
+    Correlated("own", levels=3, blocks=2),
+    Composed(RandK(3), QSGD(3)),
+    Composed(PermK(), QSGD(7)),
+    Scaled(RandK(3)),
+    PerLayer((2, None), (RandK(1), QSGD(3))),
+    PerLayer((None, 1), (PermK(), Composed(PermK(), Independent()))),
 ]
 COMPRESSORS += [Bernoulli(0.6), Sign(), Ternary(), Natural(), NaturalDithering(1), NaturalDithering(3)]
 COMPRESSORS += [Independent(3), Independent(4), Independent(7)]
@@ -109,8 +129,13 @@ PROBLEMS: list[Problem] = [CONVEX, MIXED, EQUAL, classification("logistic"), cla
 
 # ------------------------------------------------------------------------------------------------ methods
 def has(compressor: Compressor, constant: str) -> bool:
-    """Whether it states this constant (a scale shared by all clients has no omega, whatever its class says)."""
-    return hasattr(compressor, constant) and not (constant == "omega" and compressor.agrees)
+    """Whether it states this constant (a shared scale and blocks have no omega, whatever their class says)."""
+    if constant == "omega" and hasattr(compressor, "omega"):
+        try:
+            compressor.omega(12)
+        except ConfigError:
+            return False
+    return hasattr(compressor, constant)
 
 
 METHODS: list[Method] = [

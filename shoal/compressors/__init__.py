@@ -5,7 +5,23 @@ from shoal.compressors.dither import QSGD, Independent
 from shoal.compressors.permk import PermK
 from shoal.compressors.pointwise import Bernoulli, Natural, NaturalDithering, Sign, Ternary
 from shoal.compressors.sparse import RandK, TopK
+from shoal.compressors.wrap import Composed, PerLayer, Scaled
 from shoal.core import Dense
 
-__all__ = ["QSGD", "Correlated", "Dense", "Independent", "PermK", "RandK", "TopK"]
-__all__ += ["Bernoulli", "Natural", "NaturalDithering", "Sign", "Ternary"]
+__all__ = [
+    "QSGD",
+    "Bernoulli",
+    "Composed",
+    "Correlated",
+    "Dense",
+    "Independent",
+    "Natural",
+    "NaturalDithering",
+    "PerLayer",
+    "PermK",
+    "RandK",
+    "Scaled",
+    "Sign",
+    "Ternary",
+    "TopK",
+]

@@ -1,30 +1,52 @@
-"""Correlated quantization: one bit a coordinate, and errors that cancel where clients agree.
+"""Correlated quantization: a bit or a few a coordinate, and errors that cancel where clients agree.
 
 Suresh, Sun, Ro, Yu, "Correlated quantization for distributed mean estimation and optimization", 2022,
 arXiv:2203.04925 (Algorithm 1); MARINA with it: Panferov et al., 2024, arXiv:2401.05518. The bound for a shared scale,
-the exact error and the O(1) shared randomness are ours: docs/derivations/correlated.md.
+the exact error, the O(1) shared randomness, and the constants for k points and for blocks of coordinates are ours:
+docs/derivations/correlated.md. (PermK+CQ, with groups of equal size, is from arXiv:2401.05518.)
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shoal import kernels, rng
-from shoal.compressors.dither import checked_scale, read_scale
+from shoal.compressors.blocks import alike, cut, ranges
+from shoal.compressors.dither import QSGD, checked_scale, read_scale
 from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, Vector, as_bytes, checked_rows
 from shoal.errors import ConfigError, PayloadError
 from shoal.theory import AB
 
 
+class Split(NamedTuple):
+    """Of each row: coordinates[pointer[i]:pointer[i+1]], then its group's size and its place there."""
+
+    coordinates: Tensor
+    pointer: Tensor
+    size: Tensor  # (m,) int64
+    place: Tensor  # (m,) int64
+
+
+def grid_omega(d: int, levels: int) -> float:
+    """omega of independent rounding onto `levels` points over [-||u||, ||u||], ends included.
+
+    d - 1 for two (equality); QSGD's for odd numbers, where 0 is a point; at most d / (levels - 1)^2 for even ones.
+    """
+    if levels == 2:
+        return d - 1.0
+    return QSGD(levels // 2).omega(d) if levels % 2 else d / (levels - 1.0) ** 2
+
+
 @dataclass(frozen=True)
 class Correlated(Compressor):
-    """CQ: one bit a coordinate, with rounding errors that cancel where clients agree.
+    """CQ: one bit or a few a coordinate, with rounding errors that cancel where clients agree.
 
     u_ij becomes r_i if U_ij < (u_ij + r_i) / (2 r_i), else -r_i, with U_ij = (place_ij + v_ij) / n, v_ij private
     and uniform on [0, 1), place_ij = (pi(i) + s_j) mod n for one shared permutation pi of the cohort a round and one
@@ -33,86 +55,184 @@ class Correlated(Compressor):
     scale="shared" (default): r = max_ij |u_ij|, on which all clients agree first (32 bits up and 32 down a client, not
     in the payload); "own": r_i = ||u_i||_2; "max": r_i = max_j |u_ij|, both in the message.
     numerical=True lets own scales use constants that survived a search but are not proved.
-    Wire: r_i as float32 unless shared, then one bit a coordinate. 8 ceil(d/8) bits, and 32 more for an own scale.
+    levels=k rounds in the same way between the two neighbors of u_ij among k points, 2 r_i / (k-1) apart.
+    blocks=sigma: a shared permutation cuts the coordinates into sigma blocks, the clients into sigma groups (sizes
+    differ by at most one). A client of a group of m sends its group's block alone, times n/m, its U_ij in the strata
+    of the m; an own scale is that of the block.
+    Wire: r_i as float32 unless shared, then ceil(log2 k) = b bits a coordinate of the block, in the permutation's
+    order. 8 ceil(b d/(8 sigma)) bits where sigma divides d, and 32 more for an own scale.
 
     References: arXiv:2203.04925, arXiv:2401.05518.
     """
 
     scale: Literal["shared", "own", "max"] = "shared"
     numerical: bool = False
+    levels: int = 2
+    blocks: int = 1
 
     def __post_init__(self) -> None:
         if self.scale not in ("shared", "own", "max"):
             raise ConfigError(f"Correlated(scale={self.scale!r}): the scale is 'shared', 'own' (l2) or 'max'.")
         if self.numerical and self.scale == "shared":
             raise ConfigError("Correlated(numerical=True): the shared scale's constants are proved; drop `numerical`.")
+        for name, value, least, most in (("levels", self.levels, 2, 256), ("blocks", self.blocks, 1, 2**31)):
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise ConfigError(f"Correlated({name}={value!r}): {name} is an integer in {least}..{most}.")
+        if self.numerical and (self.levels, self.blocks) != (2, 1):
+            raise ConfigError("Correlated(numerical=True): searched for levels=2, blocks=1 alone; drop `numerical`.")
+
+    def __repr__(self) -> str:
+        more = "".join(
+            f", {k}={v}" for k, v, usual in (("levels", self.levels, 2), ("blocks", self.blocks, 1)) if v != usual
+        )
+        return f"Correlated(scale={self.scale!r}, numerical={self.numerical}{more})"
 
     @property
     def agrees(self) -> bool:  # type: ignore[override]
         """A shared scale is agreed on before `encode`."""
         return self.scale == "shared"
 
+    @property
+    def fixed_length(self) -> bool:  # type: ignore[override]
+        """Blocks differ in length where their number does not divide d."""
+        return self.blocks == 1
+
+    def check(self, n: int, d: int) -> None:
+        if self.blocks > min(n, d):
+            raise ConfigError(
+                f"Correlated(blocks={self.blocks}) with n={n} clients and d={d} coordinates: every block needs a "
+                f"client and a coordinate, so blocks is in 1..{min(n, d)}."
+            )
+
     def omega(self, d: int) -> float:
-        """omega = d - 1 for an own scale (equality for l2). A shared scale has no omega: raises ConfigError."""
+        """omega of independent rounding on the grid (d - 1 for one bit), for an own scale and one block.
+
+        A shared scale has none, and blocks have none that DIANA may use: raises ConfigError.
+        """
         if self.scale == "shared":
             raise ConfigError(
                 "Correlated(scale='shared') has no omega: its error depends on the largest client. Use it in Marina, "
                 "or take Correlated(scale='own')."
             )
-        return d - 1.0
+        if self.blocks > 1:
+            raise ConfigError(
+                f"Correlated(blocks={self.blocks}) has no omega: clients of a group share their block, and their "
+                "errors are correlated either way. Use it in Marina, or take blocks=1."
+            )
+        return grid_omega(d, self.levels)
 
     def ab(self, n: int, d: int) -> AB:
-        """shared: a = b = 1, c = d/n^2; for even n also a = lam, b = 1, c = d/(lam n^2), lam = sqrt(d)/n > 1.
+        """shared: a = b = 1, c = d/N^2, N = n (k-1); for even N also a = lam = sqrt(d)/N > 1, b = 1, c = d/(lam N^2).
 
-        own: A = (d-1)/n, B = 0 (never worse than independent rounding), and a - b = d/n^2, b = 1 + (d-1)/(n-1).
-        max: A = (d-1)/n, B = 0. With numerical=True, own and max: a - b = d/n^2, b = max(d/n, 1/2), not proved.
+        own: A = omega/n, B = 0 (never worse than independent rounding), and a - b = d/N^2, b = 1 + omega/(n-1).
+        max: A = omega/n, B = 0. With numerical=True, own and max: a - b = d/n^2, b = max(d/n, 1/2), not proved.
+        omega is that of k points, d - 1 for one bit. With blocks, the n/sigma clients and d/sigma coordinates of a
+        group take the places of n and d, and (sigma-1)/(n-1) is added to A and B of the own scales: `_blocked`.
         All for every L_±; the shared and the own inequalities are our theorems (docs/derivations/correlated.md).
         """
+        self.check(n, d)
+        parts = [(int(m), int(b)) for m, b in zip(cut(n, self.blocks)[1], cut(d, self.blocks)[1], strict=True)]
         source = "docs/derivations/correlated.md"
-        if self.scale == "shared":
-            lam = math.sqrt(d) / n
-            even = n % 2 == 0 and lam > 1.0
-            other = AB(lam, 1.0, d / (lam * n**2), source=f"shared scale, even n ({source})") if even else None
-            return AB(1.0, 1.0, d / n**2, source=f"shared scale: d R^2/n^2 + V ({source})", other=other)
         if self.numerical:
             b = max(d / n, 0.5)
             return AB(d / n**2 + b, b, evidence="numerical", source=f"own scales, searched, not proved ({source})")
+        if self.scale == "shared":
+            return self._shared(n, d, parts, source)
+        error = sum(grid_omega(b, self.levels) * b / (m * d) for m, b in parts)
+        drawn = sum(b * (n - m) / (d * m * (n - 1)) for m, b in parts) if n > 1 else 0.0
         other = None
         if self.scale == "own" and n > 1:
-            b = 1.0 + (d - 1.0) / (n - 1.0)
-            other = AB(d / n**2 + b, b, source=f"own l2 scales ({source})")
-        return AB((d - 1.0) / n, 0.0, source=f"never worse than independent rounding ({source})", other=other)
+            gap = sum(b * b / (d * (m * (self.levels - 1)) ** 2) for m, b in parts)
+            more = sum(grid_omega(b, self.levels) * b * n / (d * m * (n - 1)) for m, b in parts if m > 1)
+            other = AB(gap + 1.0 + more, 1.0 + more, source=f"own l2 scales ({source})")
+        return AB(error + drawn, drawn, source=f"never worse than independent rounding ({source})", other=other)
+
+    def _shared(self, n: int, d: int, parts: list[tuple[int, int]], source: str) -> AB:
+        """V from the clients' differences, and sum over the groups of |block| / (m (k-1))^2 times R^2."""
+        strata = [m * (self.levels - 1) for m, _ in parts]
+        c = sum(b / s**2 for s, (_, b) in zip(strata, parts, strict=True))
+        lam = math.sqrt(d) / strata[0] if self.blocks == 1 else math.sqrt(c)
+        even = lam > 1.0 and all(s % 2 == 0 for s in strata)
+        other = AB(lam, 1.0, c / lam, source=f"shared scale, even n ({source})") if even else None
+        return AB(1.0, 1.0, c, source=f"shared scale: d R^2/n^2 + V ({source})", other=other)
+
+    @property
+    def _bits(self) -> int:
+        return (self.levels - 1).bit_length()
 
     def capacity(self, n: int, d: int) -> int:
-        """ceil(d/8) bytes, and 4 for an own scale; always all used."""
-        return (0 if self.agrees else 4) + (d + 7) // 8
+        """ceil(b ceil(d/sigma) / 8) bytes, b = ceil(log2 k), and 4 for an own scale; all used by the longest block."""
+        self.check(n, d)
+        return self._start + (-(-d // self.blocks) * self._bits + 7) // 8
+
+    def predicted_bits(self, n: int, d: int) -> float:
+        """8 times the shortest block's bytes, and 32 to agree on a scale: never more than the mean."""
+        return 8.0 * (self._start + (d // self.blocks * self._bits + 7) // 8) + (32.0 if self.agrees else 0.0)
+
+    @property
+    def _start(self) -> int:
+        return 0 if self.agrees else 4
 
     def prepare(self, u: Rows, rnd: Round) -> Tensor:
         """(m,) float32: max_j |u_ij|, exact."""
-        u = checked_rows(u, rnd)
+        u = checked_rows(u, rnd, self._gain(rnd.cohort))
         return kernels.of(u).maxes(u)
 
+    def _gain(self, n: int) -> Callable[[int], float]:
+        return lambda d: n / (n // min(n, self.blocks))  # of a client of the smallest group
+
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        u, ops, d = checked_rows(u, rnd), kernels.of(u), u.shape[1]
+        u, d = checked_rows(u, rnd, self._gain(rnd.cohort)), u.shape[1]
+        self.check(rnd.cohort, d)
+        ops, r = kernels.of(u), None
         if self.agrees:
             r = self._agreed(rnd, len(u))
             if len(u) and float(ops.maxes(u).max()) > float(r[0]):
                 raise ConfigError(f"the agreed scale {float(r[0]):g} is smaller than an entry; agree on max |u_ij|.")
-        else:
-            r = checked_scale(ops.norms(u) if self.scale == "own" else ops.maxes(u), rnd)
-        place = rnd.permutation(rnd.cohort, "Correlated.places")[rnd.slots]
-        shifts = rng.below(rnd.shared("Correlated.shifts"), d, rnd.cohort)
+        if self.blocks == 1:
+            place = self._places(rnd.slots, rnd)
+            return Messages.of(self._rounded(u, r, rnd, rnd.cohort, place), rnd, d)
+        part = self._split(rnd.slots, d, rnd)
+        values = ops.gather(u, part.coordinates, part.pointer, -(-d // self.blocks))
+        payload = torch.zeros(len(u), self.capacity(rnd.cohort, d), dtype=torch.uint8)
+        nbytes = self._start + (part.pointer.diff() * self._bits + 7) // 8
+        for rows, (length, size) in alike(part.pointer.diff(), part.size):
+            some = values[rows, :length].contiguous()
+            sent = self._rounded(some, None if r is None else r[rows], rnd.rows(rows), size, part.place[rows])
+            payload[rows, : sent.shape[1]] = sent
+        return Messages.of(payload, rnd, d, nbytes)
+
+    def _rounded(self, u: Rows, r: Tensor | None, rnd: Round, strata: int, place: Tensor) -> Tensor:
+        """(m, bytes) uint8: rows of a whole message's coordinates rounded among `strata` clients, their scale first."""
+        ops, d = kernels.of(u), u.shape[1]
+        head = r is None
+        if r is None:
+            r = checked_scale(ops.norms(u) if self.scale == "own" else ops.maxes(u), rnd, rnd.cohort / strata)
+        lot = rnd.fork(f"groups of {strata}") if self.blocks > 1 else rnd  # no number is drawn twice in a round
+        shifts = rng.below(lot.shared("Correlated.shifts"), d, strata)
         private, ties = rnd.draw("Correlated.bits"), rnd.draw("Correlated.ties")
-        bits = ops.encode_bits(u, r, private, ties, rnd.cohort, place, shifts)
-        return Messages.of(bits if self.agrees else torch.cat([as_bytes(r[:, None]), bits], 1), rnd, d)
+        if self.levels == 2:
+            code = ops.encode_bits(u, r, private, ties, strata, place, shifts)
+        else:
+            code = ops.encode_levels(u, r, private, ties, self.levels, strata, place, shifts)
+        return torch.cat([as_bytes(r[:, None]), code], 1) if head else code
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
-        bits, r = self._read(msgs, rnd)
-        return kernels.of(bits).decode_bits(bits, r, msgs.d)
+        if self.blocks > 1:
+            values, part = self._read_blocks(msgs, rnd)
+            return kernels.of(values).scatter(values, part.coordinates, part.pointer, msgs.d, 1.0)
+        code, r = self._read(msgs.checked(self.capacity(rnd.n, msgs.d)), msgs.d, rnd)
+        return self._values(code, r, msgs.d)
 
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
-        bits, r = self._read(msgs, rnd)
-        return kernels.of(bits).mean_bits(bits, r, msgs.d, rnd.cohort).float()
+        if self.blocks > 1:
+            values, part = self._read_blocks(msgs, rnd)
+            ops = kernels.of(values)
+            return ops.mean_sparse(values, part.coordinates, part.pointer, msgs.d, 1.0, rnd.cohort).float()
+        code, r = self._read(msgs.checked(self.capacity(rnd.n, msgs.d)), msgs.d, rnd)
+        if self.levels == 2:
+            return kernels.of(code).mean_bits(code, r, msgs.d, rnd.cohort).float()
+        return kernels.of(code).mean_levels(code, r, self.levels, rnd.cohort).float()
 
     def _agreed(self, rnd: Round, m: int) -> Tensor:
         if rnd.agreed is None:
@@ -120,15 +240,54 @@ class Correlated(Compressor):
                 "Correlated(scale='shared') needs the scale that all clients agreed on: pass "
                 "replace(rnd, agreed=float(prepare(u, rnd).max())), or take scale='own'."
             )
-        if not 0.0 <= rnd.agreed <= FLOAT_MAX:
+        if not 0.0 <= rnd.agreed * self._gain(rnd.cohort)(0) <= FLOAT_MAX:
             raise PayloadError(f"the agreed scale {rnd.agreed!r} is not a finite number >= 0.")
         return torch.full((m,), rnd.agreed)
 
-    def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor]:
-        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
-        if self.agrees:
-            return payload, self._agreed(rnd, len(payload))
-        return payload[:, 4:], read_scale(payload)
+    def _read(self, payload: Tensor, d: int, rnd: Round, gain: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(code, scales): the bits as they are, or (m, d) numbers of grid points."""
+        r = self._agreed(rnd, len(payload)) if self.agrees else read_scale(payload, gain)
+        payload = payload[:, self._start :]
+        if self.levels == 2:
+            return payload, r
+        code = kernels.of(payload).unpack(payload, d, self._bits)
+        if len(code) and int(code.max()) >= self.levels:
+            raise PayloadError(f"Correlated(levels={self.levels}): a code lies outside 0..{self.levels - 1}.")
+        return code, r
+
+    def _values(self, code: Tensor, r: Tensor, d: int) -> Tensor:
+        ops = kernels.of(code)
+        return ops.decode_bits(code, r, d) if self.levels == 2 else ops.decode_levels(code, r, self.levels)
+
+    def _places(self, slots: Tensor, rnd: Round) -> Tensor:
+        return rnd.permutation(rnd.cohort, "Correlated.places")[slots]
+
+    def _split(self, slots: Tensor, d: int, rnd: Round) -> Split:
+        """Who sends what: one permutation of the clients gives the groups, and the places in them."""
+        self.check(rnd.cohort, d)
+        at = self._places(slots, rnd).numpy()
+        order = rnd.permutation(d, "Correlated.coordinates").numpy()
+        (first, size), (start, length) = cut(rnd.cohort, self.blocks), cut(d, self.blocks)
+        group = np.searchsorted(first, at, side="right") - 1
+        index, pointer = ranges(start[group], length[group])
+        return Split(
+            torch.from_numpy(order[index]),
+            torch.from_numpy(pointer),
+            torch.from_numpy(size[group]),
+            torch.from_numpy(at - first[group]),
+        )
+
+    def _read_blocks(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Split]:
+        """((m, longest block) values of C_i, zeros behind a shorter block; where they belong)."""
+        part, n = self._split(msgs.slots, msgs.d, rnd), rnd.cohort
+        lengths = part.pointer.diff()
+        payload = msgs.checked(self._start + (lengths * self._bits + 7) // 8)
+        values = torch.zeros(len(payload), -(-msgs.d // self.blocks))
+        for rows, (length, size) in alike(lengths, part.size):
+            some = payload[rows, : self._start + (length * self._bits + 7) // 8].contiguous()
+            code, r = self._read(some, length, rnd, n / size)
+            values[rows, :length] = (self._values(code, r, length).double() * (n / size)).float()
+        return values, part
 
 
 def agree_locally(u: Rows, compressor: Compressor, rnd: Round) -> Round:

@@ -16,22 +16,22 @@ import torch
 from torch import Tensor
 
 from shoal import kernels
-from shoal.core import Messages, Round, Rows, Unbiased, Vector, as_bytes, as_floats, checked_rows
+from shoal.core import FLOAT_MAX, Messages, Round, Rows, Unbiased, Vector, as_bytes, as_floats, checked_rows
 from shoal.errors import ConfigError, NonFiniteError, PayloadError
 
 
-def checked_scale(r: Tensor, rnd: Round) -> Tensor:
-    """r, if finite: the norm of finite rows can overflow. Raises NonFiniteError naming the client."""
-    bad = ~torch.isfinite(r)
+def checked_scale(r: Tensor, rnd: Round, gain: float = 1.0) -> Tensor:
+    """r, if gain r is finite: the norm of finite rows can overflow. Raises NonFiniteError naming the client."""
+    bad = ~(r.double() * gain <= FLOAT_MAX)
     if bool(bad.any()):
         raise NonFiniteError(f"client {int(rnd.clients[bad][0])}, round {rnd.index}: the norm overflows float32.")
     return r
 
 
-def read_scale(payload: Tensor) -> Tensor:
-    """(m,) float32 of the first four bytes. Raises PayloadError unless it is finite and not negative."""
+def read_scale(payload: Tensor, gain: float = 1.0) -> Tensor:
+    """(m,) float32 of the first four bytes. Raises PayloadError unless it is not negative, and gain times it finite."""
     r = as_floats(payload[:, :4])[:, 0]
-    if not bool((torch.isfinite(r) & (r >= 0)).all()):
+    if not bool(((r.double() * gain <= FLOAT_MAX) & (r >= 0)).all()):
         raise PayloadError("a scale is not a finite number >= 0.")
     return r
 
@@ -50,6 +50,7 @@ class Independent(Unbiased):
     References: arXiv:2401.05518; more than two levels: docs/derivations/pointwise.md.
     """
 
+    fixed_length = True
     levels: int = 2
 
     def __post_init__(self) -> None:
@@ -117,6 +118,8 @@ class QSGD(Unbiased):
 
     References: arXiv:1610.02132; the exact omega is derived in docs/derivations/compressors.md.
     """
+
+    fixed_length = True
 
     levels: int = 1
 

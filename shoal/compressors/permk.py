@@ -53,8 +53,8 @@ class PermK(Compressor):
         """32 max(d/n, 1): exactly what a round costs a client, on average over the clients."""
         return 32.0 * max(d / n, 1.0)
 
-    def _index(self, slots: Tensor, d: int, rnd: Round) -> tuple[Tensor, Tensor, int]:
-        """The coordinates of these slots: (index, pointer, scale), row i's being index[pointer[i]:pointer[i+1]]."""
+    def support(self, slots: Tensor, d: int, rnd: Round) -> tuple[Tensor, Tensor, int]:
+        """(index, pointer, scale): the client at slots[i] sends index[pointer[i]:pointer[i+1]], times `scale`."""
         n = rnd.cohort
         order = rnd.permutation(d, "PermK.coordinates").numpy()
         # The block goes to a shuffled owner: with n not dividing d the blocks differ in length, and a fixed owner
@@ -71,7 +71,7 @@ class PermK(Compressor):
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u = checked_rows(u, rnd, gain=lambda d: min(rnd.cohort, d))
         d = u.shape[1]
-        index, pointer, _ = self._index(rnd.slots, d, rnd)
+        index, pointer, _ = self.support(rnd.slots, d, rnd)
         values = kernels.of(u).gather(u, index, pointer, self.capacity(rnd.cohort, d) // 4)
         return Messages.of(as_bytes(values), rnd, d, 4 * pointer.diff())
 
@@ -84,5 +84,5 @@ class PermK(Compressor):
         return kernels.of(values).mean_sparse(values, index, pointer, msgs.d, scale, rnd.cohort).float()
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor, Tensor, int]:
-        index, pointer, scale = self._index(msgs.slots, msgs.d, rnd)
+        index, pointer, scale = self.support(msgs.slots, msgs.d, rnd)
         return finite_floats(msgs.checked(4 * pointer.diff()), scale), index, pointer, scale

@@ -95,6 +95,8 @@ class Sign(Compressor):
     References: arXiv:1901.09847; docs/derivations/pointwise.md.
     """
 
+    fixed_length = True
+
     def alpha(self, d: int) -> float:
         """alpha = 1/d: the error is (1 - ||u||_1^2 / (d ||u||^2)) ||u||^2 for every u; tight where one u_j is not 0."""
         return 1.0 / d
@@ -128,6 +130,8 @@ class Ternary(Unbiased):
 
     References: arXiv:1705.07878; the exact omega is derived in docs/derivations/pointwise.md.
     """
+
+    fixed_length = True
 
     def omega(self, d: int) -> float:
         """omega = (sqrt(d) - 1) / 2, the exact supremum: reached at (1, t, ..., t), t = 1 / (1 + sqrt(d))."""
@@ -173,6 +177,8 @@ class Natural(Unbiased):
     References: arXiv:1905.10988; docs/derivations/pointwise.md.
     """
 
+    fixed_length = True
+
     def omega(self, d: int) -> float:
         """omega = 1/8, the supremum, approached at |u_j| = 4/3 2^e; for entries that are 0 or at least 2^-126."""
         return 0.125
@@ -206,6 +212,8 @@ class NaturalDithering(Unbiased):
 
     References: arXiv:1905.10988; omega is ours, docs/derivations/pointwise.md.
     """
+
+    fixed_length = True
 
     levels: int = 4
 

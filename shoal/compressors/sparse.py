@@ -50,6 +50,8 @@ class RandK(Unbiased):
     References: arXiv:2102.07845.
     """
 
+    fixed_length = True
+
     k: int | float
 
     def __post_init__(self) -> None:
@@ -66,15 +68,17 @@ class RandK(Unbiased):
         """4 k bytes, always all used."""
         return 4 * kept(self.k, d, "RandK")
 
-    def _index(self, slots: Tensor, d: int, rnd: Round) -> Tensor:
-        return rng.support(rnd.draw("RandK.support", slots), d, kept(self.k, d, "RandK"))
+    def support(self, slots: Tensor, d: int, rnd: Round) -> tuple[Tensor, Tensor, float]:
+        """(index, pointer, scale): the client at slots[i] sends index[pointer[i]:pointer[i+1]], times `scale`."""
+        index = rng.support(rnd.draw("RandK.support", slots), d, kept(self.k, d, "RandK"))
+        m, k = index.shape
+        return index.reshape(-1), uniform_pointer(m, k), d / k
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u = checked_rows(u, rnd, gain=lambda d: d / kept(self.k, d, "RandK"))
         d = u.shape[1]
-        index = self._index(rnd.slots, d, rnd)
-        m, k = index.shape
-        values = kernels.of(u).gather(u, index.reshape(-1), uniform_pointer(m, k), k)
+        index, pointer, _ = self.support(rnd.slots, d, rnd)
+        values = kernels.of(u).gather(u, index, pointer, kept(self.k, d, "RandK"))
         return Messages.of(as_bytes(values), rnd, d)
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
@@ -87,9 +91,8 @@ class RandK(Unbiased):
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor, Tensor, float]:
         payload = msgs.checked(self.capacity(rnd.n, msgs.d))
-        index = self._index(msgs.slots, msgs.d, rnd)
-        m, k = index.shape
-        return finite_floats(payload, msgs.d / k), index.reshape(-1), uniform_pointer(m, k), msgs.d / k
+        index, pointer, scale = self.support(msgs.slots, msgs.d, rnd)
+        return finite_floats(payload, scale), index, pointer, scale
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ class TopK(Compressor):
 
     References: arXiv:2106.05203.
     """
+
+    fixed_length = True
 
     k: int | float
 

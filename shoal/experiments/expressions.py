@@ -1,6 +1,7 @@
 """Expressions such as "Marina(Correlated(scale='own'), p=0.1)": parsed, never evaluated as code.
 
-A name must be a known class; arguments are literals or further such expressions. `compact` is the way back.
+A name must be a known class; arguments are literals, further such expressions, or tuples
+of either. `compact` is the way back.
 """
 
 from __future__ import annotations
@@ -92,6 +93,9 @@ def _build(node: ast.expr, names: dict[str, type], text: str) -> Any:
 def _argument(node: ast.expr, names: dict[str, type], text: str) -> Any:
     if isinstance(node, ast.Name | ast.Call):
         return _build(node, names, text)
+    if isinstance(node, ast.Tuple | ast.List):
+        elements = [_argument(element, names, text) for element in node.elts]
+        return tuple(elements) if isinstance(node, ast.Tuple) else elements
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -116,6 +120,8 @@ def _call(name: str, args: list[Any], kwargs: dict[str, Any], names: dict[str, t
 
 def compact(value: Any) -> str:
     """The shortest expression that gives an equal object: defaults are left out."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(compact, value))}{',' if len(value) == 1 else ''})"
     if not is_dataclass(value) or isinstance(value, type):
         return repr(value)
     shown = []

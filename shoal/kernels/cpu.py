@@ -399,39 +399,66 @@ def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int) -> Tensor:
 
 
 @njit(cache=True, nogil=True)
-def _encode_levels(u, r, out, slots, index, stream, tie, k0, k1, levels):
+def _encode_levels(u, r, out, slots, index, stream, tie, k0, k1, levels, strata, place, shifts):
     m, d = u.shape
     h = np.empty(TILE, np.int32)
-    base = (levels - 1) * 32768
+    base, width = (levels - 1) * strata * 32768, strata * 65536
     for i in range(m):
-        slot = np.uint64(slots[i])
-        lift, s = _scale(r[i], levels - 1)
+        slot, spot = np.uint64(slots[i]), np.int64(place[i])
+        lift, s = _scale(r[i], (levels - 1) * strata)
         for lo in range(0, d, TILE):
             count = min(TILE, d - lo)
             _fill_halves(h[: (count + 127) // 128 * 128], lo // 128, slot, index, stream, k0, k1)
             x = u[i, lo : lo + count]
             ties = 0
-            for j in range(count):
-                y = np.int64(np.floor((x[j] * lift) * s)) + base
-                t = y & 65535
-                ties += h[j] == t
-                out[i, lo + j] = min(max((y >> 16) + np.int64(h[j] < t), 0), levels - 1)
+            if strata == 1:
+                for j in range(count):
+                    y = np.int64(np.floor((x[j] * lift) * s)) + base
+                    t = y & 65535
+                    ties += h[j] == t
+                    out[i, lo + j] = min(max((y >> 16) + np.int64(h[j] < t), 0), levels - 1)
+            else:
+                shift = shifts[lo : lo + count]
+                for j in range(count):
+                    p = spot + np.int64(shift[j])
+                    p = p - strata if p >= strata else p
+                    y = np.int64(np.floor((x[j] * lift) * s)) + base
+                    whole = y // width
+                    t = y - whole * width - (p << 16)
+                    ties += h[j] == t
+                    out[i, lo + j] = min(max(whole + np.int64(h[j] < t), 0), levels - 1)
             if ties:
                 for j in range(count):
+                    p = 0 if strata == 1 else (spot + np.int64(shifts[lo + j])) % strata
                     z = (x[j] * lift) * s
                     cell = np.floor(z)
                     y = np.int64(cell) + base
-                    if h[j] == y & 65535:
+                    whole = y // width
+                    if h[j] == y - whole * width - (p << 16):
                         up = np.float32(_word(lo + j, slot, index, tie, k0, k1) >> np.uint64(8)) * _V < z - cell
-                        out[i, lo + j] = min(max((y >> 16) + np.int64(up), 0), levels - 1)
+                        out[i, lo + j] = min(max(whole + np.int64(up), 0), levels - 1)
 
 
-def encode_levels(u: Tensor, r: Tensor, private: Draw, tie: Draw, levels: int) -> Tensor:
+def encode_levels(
+    u: Tensor,
+    r: Tensor,
+    private: Draw,
+    tie: Draw,
+    levels: int,
+    strata: int = 1,
+    place: Tensor | None = None,
+    shifts: Tensor | None = None,
+) -> Tensor:
     code = np.empty(u.shape, np.int64)
     index, stream, k0, k1 = _key(private)
+    shift = _NO_SHIFTS if shifts is None else shifts.numpy().reshape(-1)
+    if shifts is None and strata > 1:
+        shift = np.zeros(u.shape[1], np.int32)
+    spot = np.zeros(len(u), np.int64) if place is None else place.numpy()
     _encode_levels(
-        u.numpy(), r.numpy(), code, private.slots.numpy(), index, stream, np.uint64(tie.stream), k0, k1, levels
-    )
+        u.numpy(), r.numpy(), code, private.slots.numpy(), index, stream, np.uint64(tie.stream), k0, k1, levels, strata,
+        spot, shift,
+    )  # fmt: skip
     return pack(torch.from_numpy(code), (levels - 1).bit_length())
 
 

@@ -220,16 +220,30 @@ def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int) -> Tensor:
     return torch.from_numpy(_total(_signs(payload, d) * r.numpy()[:, None].astype(np.float64)) / cohort)
 
 
-def encode_levels(u: Tensor, r: Tensor, private: Draw, tie: Draw, levels: int) -> Tensor:
+def encode_levels(
+    u: Tensor,
+    r: Tensor,
+    private: Draw,
+    tie: Draw,
+    levels: int,
+    strata: int = 1,
+    place: Tensor | None = None,
+    shifts: Tensor | None = None,
+) -> Tensor:
     """(m, ceil(d b / 8)) uint8: each coordinate rounded to a neighbor on `levels` grid points over [-r, r].
 
-    code = floor(y + U), y = (u + r) (levels - 1) / (2 r), U uniform on [0, 1); b = ceil(log2 levels) bits each.
+    code = floor(y) + [U < frac(y)], y = (u + r) (levels - 1) / (2 r), b = ceil(log2 levels) bits each, with the U of
+    `encode_bits`: uniform on [0, 1), and in the stratum (place_i + shifts_j) mod strata of it.
     """
     d = u.shape[1]
-    cell, frac = _cells(u, r, levels - 1)
-    y = cell + (levels - 1) * 32768
-    up = _below(_halves(private, d), y & 65535, _words(tie, d), frac)
-    code = np.clip((y >> 16) + up, 0, levels - 1).astype(np.int64)
+    cell, frac = _cells(u, r, (levels - 1) * strata)
+    y = cell + (levels - 1) * strata * 32768
+    spot = np.zeros((len(u), 1), np.int64) if place is None else place.numpy().astype(np.int64)[:, None]
+    spot = spot + (0 if shifts is None else shifts.numpy().astype(np.int64))
+    whole = y // (strata * 65536)
+    t = y - whole * (strata * 65536) - (spot % strata) * 65536
+    up = _below(_halves(private, d), t, _words(tie, d), frac)
+    code = np.clip(whole + up, 0, levels - 1).astype(np.int64)
     return pack(torch.from_numpy(code), (levels - 1).bit_length())
 
 

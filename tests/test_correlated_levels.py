@@ -1,0 +1,238 @@
+"""Correlated rounding onto k points, and in blocks: kernels, exact errors, constants against a search.
+
+The exact error with blocks is summed over every group of clients and every block of coordinates; one statistical test
+compares it with the code, within six standard errors (2e-9 a comparison, 10 comparisons).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from composition import grid_variance, parts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_compressors import SIX, ab_bound, hardest, stated
+from zoo import inputs, round_of
+
+from shoal import kernels
+from shoal.compressors import Correlated
+from shoal.compressors.correlated import exact_error, grid_omega
+from shoal.core import Messages, Round
+from shoal.errors import ConfigError, NonFiniteError, PayloadError
+from shoal.kernels import Draw, cpu, reference
+
+
+# ------------------------------------------------------------------------------------------------ kernels
+@pytest.mark.parametrize("strata", [1, 2, 5, 1000])
+def test_two_points_are_one_bit(strata):
+    """encode_levels with two points returns encode_bits' bytes, ends of the range included."""
+    u = inputs("cauchy", 4, 300)
+    u[:, :2] = torch.tensor([1.0, -1.0]) * u.abs().max()
+    r, slots = reference.maxes(u), torch.arange(4)
+    private, tie, place = Draw(slots, 3, 1, 9), Draw(slots, 3, 2, 9), slots % strata
+    shifts = (torch.arange(300, dtype=torch.int32) * 7 % strata)[None]
+    for ops in (reference, cpu):
+        bits = ops.encode_bits(u, r, private, tie, strata, place, shifts)
+        assert torch.equal(ops.encode_levels(u, r, private, tie, 2, strata, place, shifts), bits)
+
+
+@pytest.mark.parametrize("levels", [3, 5, 9])
+@pytest.mark.parametrize("strata", [2, 7])
+def test_ties_in_strata_are_settled_alike(levels, strata):
+    """Vectors whose fraction of a stratum lies on each coordinate's own random half: the second word decides."""
+    rng, slots, place = np.random.default_rng(levels), torch.arange(3), torch.tensor([1, 0, 1])
+    private, tie = Draw(slots, 5, 1, 7), Draw(slots, 5, 2, 7)
+    h, steps = reference.halves(private, 2500).numpy().astype(np.int64), (levels - 1) * strata
+    below = rng.integers(0, levels - 1, h.shape)
+    z = (below * strata + place.numpy()[:, None]) * 65536 + h - steps * 32768 + rng.choice([0.0, 0.5], h.shape)
+    u, r = torch.from_numpy((z / (steps * 32768.0)).astype(np.float32)), torch.ones(3)
+    cell, fraction = reference._cells(u, r, steps)
+    y = cell + steps * 32768
+    tied = y - y // (strata * 65536) * (strata * 65536) - place.numpy()[:, None] * 65536 == h
+    assert tied.mean() > 0.5
+    coded = [ops.encode_levels(u, r, private, tie, levels, strata, place, None) for ops in (reference, cpu)]
+    assert torch.equal(*coded)
+    code = reference.unpack(coded[0], 2500, (levels - 1).bit_length()).numpy()
+    second = (reference.words(tie, 2500).numpy() >> 8) * 2.0**-24
+    assert np.array_equal((code - y // (strata * 65536))[tied], (second < fraction)[tied])
+
+
+def test_equal_inputs_are_rounded_up_by_all_or_all_but_some():
+    """Of n clients at one value, floor(n y) or ceil(n y) take the upper of its two neighbors, in every coordinate."""
+    n, d, k = 7, 400, 5
+    for value in (-1.0, -0.62, -0.5, 0.0, 0.3, 0.97, 1.0):
+        rnd = replace(Round.full(3, 0, n), agreed=1.0)
+        code = Correlated(levels=k)
+        rows = code.decode(code.encode(torch.full((n, d), value), rnd), rnd)
+        z = (value + 1) * (k - 1) / 2
+        y, floor = z - math.floor(z), 2 * math.floor(z) / (k - 1) - 1
+        ups = (rows > floor + 1e-6).sum(0)
+        assert set(ups.tolist()) <= {math.floor(n * y + 1e-9), math.ceil(n * y - 1e-9)}
+        assert ((rows - floor).abs() < 1e-6).logical_or((rows - floor - 2 / (k - 1)).abs() < 1e-6).all()
+
+
+# ------------------------------------------------------------------------------------------------ constants of the grid
+@settings(max_examples=200)
+@given(st.integers(1, 30), st.integers(2, 17), st.integers(0, 2**32 - 1))
+def test_omega_of_the_grid_is_never_exceeded(d, levels, seed):
+    """Random vectors, sparse ones, and those that lie between two points in every coordinate."""
+    rng = np.random.default_rng(seed)
+    between = (2 * rng.integers(0, levels - 1, d) + 1) / (levels - 1) - 1
+    for u in (rng.normal(size=d), rng.standard_cauchy(d), between, rng.normal(size=d) * (rng.random(d) < 0.3)):
+        size = float(u @ u)
+        for r in (math.sqrt(size), np.abs(u).max()):
+            error = grid_variance(u[None], np.array([[r]]), levels).sum()
+            assert error <= grid_omega(d, levels) * size * (1 + 1e-9)
+
+
+def test_omega_of_the_grid_is_close_to_tight():
+    assert grid_omega(9, 2) == 8.0
+    assert grid_omega(16, 3) == 3.0
+    assert grid_omega(50, 4) == pytest.approx(50 / 9)
+    u = np.zeros((1, 50))
+    u[0, :2] = 1.0  # 48 coordinates halfway between two points, and two at 0.707, between 1/3 and 1
+    error = grid_variance(u, np.array([[math.sqrt(2)]]), 4).sum() / 2
+    assert 0.95 * grid_omega(50, 4) < error <= grid_omega(50, 4)
+
+
+# ------------------------------------------------------------------------------------------------ blocks
+def rounding_error(u: np.ndarray, r: np.ndarray, levels: int) -> float:
+    """Of the mean of one group: `exact_error`, and for one client the variance (its one stratum is everything)."""
+    return exact_error(u, r, levels) if len(u) > 1 else float(grid_variance(u, r[:, None], levels).sum())
+
+
+def exact_blocks(u: np.ndarray, c: Correlated) -> float:
+    """E||(1/n) sum C_i(u_i) - ubar||^2, summed over every group and every block."""
+    n, d = u.shape
+    total, mean, R = 0.0, u.mean(0), np.abs(u).max()
+    for m, b in zip(parts(n, c.blocks), parts(d, c.blocks), strict=True):
+        groups = list(itertools.combinations(range(n), m))
+        # With one scale for all, coordinates do not interact: all of them at once, counted b/d times.
+        blocks = [range(d)] if c.scale == "shared" else list(itertools.combinations(range(d), b))
+        weight = (b / d if c.scale == "shared" else 1.0) / (len(groups) * len(blocks))
+        for group, block in itertools.product(map(list, groups), map(list, blocks)):
+            part = u[np.ix_(group, block)]
+            own = np.linalg.norm(part, axis=1) if c.scale == "own" else np.abs(part).max(1)
+            r = np.full(m, R) if c.scale == "shared" else own
+            error = rounding_error(part, r, c.levels)
+            total += weight * (((part.mean(0) - mean[block]) ** 2).sum() + error)
+    return total
+
+
+@pytest.mark.parametrize("code", [
+    Correlated(levels=3), Correlated("own", levels=4), Correlated(blocks=2), Correlated("own", blocks=2),
+    Correlated("max", levels=3, blocks=3),
+], ids=repr)  # fmt: skip
+@pytest.mark.parametrize("family", ["gaussian", "identical"])
+def test_exact_blocks_are_the_codes(code, family):
+    """5 clients and 7 coordinates: groups and blocks of two sizes."""
+    rows = inputs(family, 5, 7)
+    u, start = rows.double().numpy(), round_of(code, rows)
+    errors = np.empty(500)
+    for k in range(len(errors)):
+        rnd = replace(start, index=k)
+        errors[k] = ((code.aggregate(code.encode(rows, rnd), rnd).double().numpy() - u.mean(0)) ** 2).sum()
+    exact = exact_blocks(u, code)
+    assert abs(errors.mean() - exact) <= SIX * errors.std() / math.sqrt(len(errors)) + 1e-6 * exact
+
+
+SIZES = [(2, 2, 2), (3, 4, 2), (4, 4, 2), (5, 3, 2), (5, 3, 3), (4, 5, 1)]
+
+
+@pytest.mark.parametrize("scale", ["shared", "own", "max"])
+@pytest.mark.parametrize("levels", [2, 3, 4])
+@pytest.mark.parametrize(("n", "d", "blocks"), SIZES)
+def test_constants_survive_a_search(scale, levels, n, d, blocks):
+    """Every stated inequality against the exact error, climbing from the worst of the adversaries."""
+    code = Correlated(scale, levels=levels, blocks=blocks)
+    for ab in stated(code, n, d):
+        assert ab.evidence == "proved"
+
+        def ratio(u: np.ndarray, ab=ab) -> float:
+            return (exact_blocks(u, code) + 1e-12) / (ab_bound(ab, u) + 1e-12)
+
+        assert hardest(ratio, n, d, steps=6) <= 1 + 1e-9, ab
+
+
+def test_constants_of_equal_groups():
+    """n = 12, d = 24, sigma = 4: c = d sigma^2 / (n (k-1))^2; own scales d - sigma over n, and (sigma-1)/(n-1)."""
+    n, d, s = 12, 24, 4
+    shared = Correlated(levels=3, blocks=s).ab(n, d)
+    assert (shared.a, shared.b, shared.c) == (1.0, 1.0, pytest.approx(d * s**2 / (2 * n) ** 2))
+    own = Correlated("own", blocks=s).ab(n, d)
+    drawn = (s - 1) / (n - 1)
+    assert (own.a, own.b) == (pytest.approx((d - s) / n + drawn), pytest.approx(drawn))
+    assert own.other.a - own.other.b == pytest.approx(s * d / n**2)
+    assert own.other.b == pytest.approx(1 + (d / s - 1) / (n / s) * n / (n - 1))
+
+
+def test_blocks_of_one_client_each_are_permk_with_rounding():
+    """sigma = n: (sigma-1)/(n-1) = 1, PermK's A = B = 1, and the rounding of each client's own block."""
+    own = Correlated("own", levels=3, blocks=5).ab(5, 10)
+    assert (own.b, own.a) == (pytest.approx(1.0), pytest.approx(1.0 + grid_omega(2, 3)))
+
+
+def test_every_coordinate_comes_from_one_group():
+    for n, d, blocks in ((5, 7, 2), (7, 9, 3), (4, 4, 4), (6, 6, 1)):
+        code = Correlated("max", blocks=blocks)
+        u = torch.ones(n, d)  # at the end of its range a coordinate is rounded to itself
+        for k in range(10):
+            rnd = Round.full(k, 0, n)
+            msgs = code.encode(u, rnd)
+            rows = code.decode(msgs, rnd)
+            sizes = (rows != 0).sum(0)
+            assert set(sizes.tolist()) <= set(parts(n, blocks))
+            assert torch.allclose(rows[rows != 0], (n / sizes.float()).expand(n, d)[rows != 0])
+            assert torch.allclose(code.aggregate(msgs, rnd), torch.ones(d), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+def test_impossible_levels_and_blocks():
+    for bad in (1, 0, 257, 2.0, True):
+        with pytest.raises(ConfigError, match="levels"):
+            Correlated(levels=bad)
+    for bad in (0, 1.5, True):
+        with pytest.raises(ConfigError, match="blocks"):
+            Correlated(blocks=bad)
+    with pytest.raises(ConfigError, match="levels=2, blocks=1"):
+        Correlated("own", numerical=True, levels=3)
+    with pytest.raises(ConfigError, match=r"blocks is in 1\.\.3"):
+        Correlated(blocks=4).check(9, 3)
+    with pytest.raises(ConfigError, match="no omega"):
+        Correlated("own", blocks=2).omega(10)
+
+
+def test_the_usual_repr_is_what_it_was():
+    """Stored runs name their compressor: what is not used does not show."""
+    assert repr(Correlated()) == "Correlated(scale='shared', numerical=False)"
+    assert repr(Correlated(levels=3, blocks=2)) == "Correlated(scale='shared', numerical=False, levels=3, blocks=2)"
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_code_beyond_the_grid_is_refused(blocks):
+    """Three points take two bits, and 3 is none of them."""
+    code, u = Correlated("own", levels=3, blocks=blocks), inputs("gaussian", 4, 8)
+    rnd = Round.full(0, 0, 4)
+    msgs = code.encode(u, rnd)
+    payload = msgs.payload.clone()
+    payload[2, 4] |= 0b11
+    with pytest.raises(PayloadError, match=r"outside 0\.\.2"):
+        code.decode(Messages(payload, msgs.nbytes, msgs.slots, 8), rnd)
+
+
+def test_what_overflows_once_it_is_scaled_is_named():
+    """n/m is 3 for the smallest groups: 2e38 is a float32, and three times it is none."""
+    u = torch.zeros(3, 6)
+    u[1, 2] = 2e38
+    rnd = Round.full(4, 0, 3)
+    for code in (Correlated(blocks=3), Correlated("own", blocks=3)):
+        with pytest.raises(NonFiniteError, match=r"client 1, round 4.*overflows"):
+            (code.prepare if code.agrees else code.encode)(u, rnd)
+    with pytest.raises(PayloadError, match="agreed"):
+        Correlated(blocks=3).encode(torch.zeros(3, 6), replace(rnd, agreed=2e38))
+    assert kernels.of(u) is cpu
