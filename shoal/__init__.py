@@ -6,7 +6,7 @@ n clients minimize f(x) = (1/n) sum f_i(x) and send compressed messages. `shoal.
 
 from importlib.metadata import PackageNotFoundError, version
 
-from shoal.compressors import QSGD, Correlated, Dense, Independent, PermK, RandK, TopK
+from shoal.compressors import QSGD, Correlated, Dense, Drive, Eden, Grid, Independent, PermK, RandK, Rotated, TopK
 from shoal.errors import ShoalError
 from shoal.experiments.run import Run, simulate
 from shoal.methods import DCGD, EF21, GD, Diana, Marina
@@ -18,6 +18,6 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "DCGD", "EF21", "GD", "QSGD", "Classification", "Correlated", "Dense", "Diana", "Independent", "Marina", "PermK",
-    "Quadratics", "RandK", "Run", "ShoalError", "TopK", "simulate",
+    "DCGD", "EF21", "GD", "QSGD", "Classification", "Correlated", "Dense", "Diana", "Drive", "Eden", "Grid",
+    "Independent", "Marina", "PermK", "Quadratics", "RandK", "Rotated", "Run", "ShoalError", "TopK", "simulate",
 ]  # fmt: skip

@@ -28,8 +28,10 @@ from hypothesis import strategies as st
 from zoo import COMPRESSORS, FAMILIES, SHAPES, fits, inputs, round_of, rows_of
 
 from shoal import kernels
-from shoal.compressors import QSGD, Correlated, Dense, Independent, PermK, RandK, TopK
+from shoal.compressors import QSGD, Correlated, Dense, Grid, Independent, PermK, RandK, Rotated, TopK
 from shoal.compressors.correlated import exact_error
+from shoal.compressors.drive import Turned
+from shoal.compressors.rotation import padded
 from shoal.compressors.sparse import kept
 from shoal.core import Compressor, Messages, Round, Unbiased
 from shoal.errors import ConfigError, NonFiniteError, WireError
@@ -38,8 +40,10 @@ from shoal.theory import AB
 
 every = pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 # `numerical` changes the constants that are stated and no byte, so laws are measured once for both.
-laws = pytest.mark.parametrize("compressor", [c for c in COMPRESSORS if not getattr(c, "numerical", False)], ids=repr)
-ROUNDING = [c for c in COMPRESSORS if isinstance(c, QSGD | Independent | Correlated)]
+# The laws of one client under a random rotation are in test_rotation.py.
+ALONE = [c for c in COMPRESSORS if not getattr(c, "numerical", False) and not isinstance(c, Rotated | Turned)]
+laws = pytest.mark.parametrize("compressor", ALONE, ids=repr)
+ROUNDING = [c for c in COMPRESSORS if isinstance(c, QSGD | Independent | Correlated | Grid)]
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -52,6 +56,12 @@ def encoded(compressor: Compressor, u: torch.Tensor, index: int = 0) -> tuple[Me
 def paper_bytes(c: Compressor, n: int, d: int) -> int:
     """Bytes of all n messages together, from the papers' formulas."""
     k = kept(c.k, d, "") if isinstance(c, RandK | TopK) else 0
+    if isinstance(c, Rotated):
+        return paper_bytes(c.inner, n, padded(d))
+    if isinstance(c, Turned):
+        return n * (4 + math.ceil(padded(d) * c._bits / 8))
+    if isinstance(c, Grid):
+        return n * (4 + math.ceil(d * math.ceil(math.log2(c.levels)) / 8))
     if isinstance(c, Dense):
         return n * 4 * d
     if isinstance(c, RandK):
@@ -111,8 +121,10 @@ def test_aggregate_is_the_mean_of_decoded_rows(compressor, family):
             assert (rows.dtype, tuple(rows.shape)) == (torch.float32, (n, d))
             mean, out = rows.double().mean(0), compressor.aggregate(msgs, rnd)
             assert (out.dtype, tuple(out.shape)) == (torch.float32, (d,))
-            # Decoded rows are rounded to float32 and so is the mean: 2^-23 of the largest entry covers both.
-            assert (out.double() - mean).abs().max() <= 2.0**-23 * rows.abs().max()
+            # Decoded rows are rounded to float32 and so is the mean: 2^-23 of the largest entry covers both. A
+            # rotation rounds at each of its stages, relative to the norm of a row.
+            most = 12 * rows.norm(dim=1).max() if isinstance(compressor, Rotated) else rows.abs().max()
+            assert (out.double() - mean).abs().max() <= 2.0**-23 * most
 
 
 FRESH = """
@@ -190,6 +202,9 @@ SPECIAL = {
 def overflows(c: Compressor, u: torch.Tensor) -> bool:
     """Whether what the compressor makes of u, by its definition, is beyond float32: a multiple, or a norm."""
     n, d = u.shape
+    if isinstance(c, Rotated | Turned):
+        gain = padded(d) if isinstance(c, Rotated) else padded(d) ** 0.5 * float(c._table()[-1] / c._table().abs().min())
+        return float(u.double().norm(dim=1).max()) * gain > torch.finfo(torch.float32).max
     gain = d / kept(c.k, d, "") if isinstance(c, RandK) else min(n, d) if isinstance(c, PermK) else 1.0
     normed = isinstance(c, QSGD | Independent) or (isinstance(c, Correlated) and c.scale == "own")
     most = float((u.double().norm(dim=1) if normed else u.double().abs().amax(1) * gain).max())
@@ -422,9 +437,9 @@ def regimes(compressor: Compressor, family: str) -> list[tuple[int, int]]:
 
 def scales(c: Compressor, u: np.ndarray) -> np.ndarray:
     """(n, 1): the r_i of a compressor that rounds onto [-r_i, r_i]."""
-    if isinstance(c, Correlated) and c.scale != "own":
+    if isinstance(c, Grid) or (isinstance(c, Correlated) and c.scale != "own"):
         top = np.abs(u).max(1, keepdims=True)
-        return np.full_like(top, top.max()) if c.scale == "shared" else top
+        return np.full_like(top, top.max()) if c.agrees else top
     return np.linalg.norm(u, axis=1, keepdims=True)
 
 
@@ -436,6 +451,10 @@ def variance(c: Compressor, u: np.ndarray) -> np.ndarray:
     if isinstance(c, PermK):
         return u**2 * (min(n, d) - 1.0)
     r = scales(c, u)
+    if isinstance(c, Grid):
+        z = (u + r) * (c.levels - 1) / (2 * np.where(r > 0, r, 1.0))
+        f = z - np.floor(z)
+        return (2 * r / (c.levels - 1)) ** 2 * f * (1.0 - f)
     if isinstance(c, QSGD):
         z = c.levels * np.abs(u) / np.where(r > 0, r, 1.0)
         f = z - np.floor(z)

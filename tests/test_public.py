@@ -15,10 +15,12 @@ from shoal.kernels import reference
 
 NAMES = {
     shoal: [
-        "DCGD", "EF21", "GD", "QSGD", "Classification", "Correlated", "Dense", "Diana", "Independent", "Marina",
-        "PermK", "Quadratics", "RandK", "Run", "ShoalError", "TopK", "simulate",
+        "DCGD", "EF21", "GD", "QSGD", "Classification", "Correlated", "Dense", "Diana", "Drive", "Eden", "Grid",
+        "Independent", "Marina", "PermK", "Quadratics", "RandK", "Rotated", "Run", "ShoalError", "TopK", "simulate",
     ],
-    compressors: ["QSGD", "Correlated", "Dense", "Independent", "PermK", "RandK", "TopK"],
+    compressors: [
+        "QSGD", "Correlated", "Dense", "Drive", "Eden", "Grid", "Independent", "PermK", "RandK", "Rotated", "TopK",
+    ],
     methods: ["DCGD", "EF21", "GD", "Diana", "Marina"],
     problems: ["Classification", "Quadratics", "measured_pm"],
     errors: [

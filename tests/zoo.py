@@ -16,7 +16,7 @@ import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from shoal.compressors import QSGD, Correlated, Dense, Independent, PermK, RandK, TopK
+from shoal.compressors import QSGD, Correlated, Dense, Drive, Eden, Grid, Independent, PermK, RandK, Rotated, TopK
 from shoal.compressors.correlated import agree_locally
 from shoal.core import Channel, Compressor, Messages, Method, Problem, Round, State
 from shoal.descents import Step
@@ -45,6 +45,16 @@ COMPRESSORS: list[Compressor] = [
     Correlated("own", numerical=True),
     Correlated("max"),
     Correlated("max", numerical=True),
+    Grid(2),
+    Grid(5),
+    Rotated(Grid(4)),
+    Rotated(Correlated()),
+    Rotated(PermK()),
+    Rotated(TopK(3)),
+    Rotated(RandK(3), shared=False),
+    Drive(),
+    Drive("least", rounds=1),
+    Eden(3, rounds=3),
 ]
 SHAPES = [(5, 12), (5, 7), (4, 130), (3, 8), (6, 3), (7, 3), (5, 1), (1, 9), (1, 1), (2, 2)]
 FAMILIES = ["gaussian", "identical", "one-hot", "two-hot", "cauchy", "zeros"]
@@ -112,7 +122,7 @@ def has(compressor: Compressor, constant: str) -> bool:
 
 METHODS: list[Method] = [
     GD(),
-    *(DCGD(c) for c in COMPRESSORS),
+    *(DCGD(c) for c in COMPRESSORS if has(c, "ab") or has(c, "alpha")),
     *(Diana(c) for c in COMPRESSORS if has(c, "omega")),
     Diana(RandK(3), shift=0.1),
     *(Marina(c) for c in COMPRESSORS if has(c, "ab")),

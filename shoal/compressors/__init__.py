@@ -2,8 +2,10 @@
 
 from shoal.compressors.correlated import Correlated
 from shoal.compressors.dither import QSGD, Independent
+from shoal.compressors.drive import Drive, Eden
 from shoal.compressors.permk import PermK
+from shoal.compressors.rotation import Grid, Rotated
 from shoal.compressors.sparse import RandK, TopK
 from shoal.core import Dense
 
-__all__ = ["QSGD", "Correlated", "Dense", "Independent", "PermK", "RandK", "TopK"]
+__all__ = ["QSGD", "Correlated", "Dense", "Drive", "Eden", "Grid", "Independent", "PermK", "RandK", "Rotated", "TopK"]
