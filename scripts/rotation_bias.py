@@ -2,7 +2,8 @@
 
 Prints, for fixed vectors u, the measured E||C(u) - u||^2 / ||u||^2 and the bias ||E C(u) - u|| / ||u||. The squared
 norm of a mean of T samples exceeds that of the expectation by the variance over T, which is taken off; what is left is
-known to about `noise` = sqrt(omega / T), and "-" stands for what is below that. The table is in docs/derivations/rotation.md.
+known to about `noise` = sqrt(omega / T), and "-" stands for what is below twice that. An excerpt is in
+docs/derivations/rotation.md.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 
 from shoal.compressors import Drive, Eden
-from shoal.compressors.rotation import padded
 from shoal.compressors.drive import Turned
+from shoal.compressors.rotation import padded
 from shoal.core import Round
 
 

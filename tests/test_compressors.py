@@ -175,7 +175,7 @@ def test_golden_bytes(compressor, ops, monkeypatch):
         monkeypatch.setattr(kernels, "cpu", reference)
     stored = json.loads((make.HERE / "payloads.json").read_text())
     u = make.vectors()
-    rnd = replace(round_of(compressor, u), index=make.INDEX, seed=make.SEED)
+    rnd = round_of(compressor, u, make.INDEX, make.SEED)
     assert [row.hex() for row in rows_of(compressor.encode(u, rnd))] == stored[repr(compressor)]
 
 
@@ -203,7 +203,9 @@ def overflows(c: Compressor, u: torch.Tensor) -> bool:
     """Whether what the compressor makes of u, by its definition, is beyond float32: a multiple, or a norm."""
     n, d = u.shape
     if isinstance(c, Rotated | Turned):
-        gain = padded(d) if isinstance(c, Rotated) else padded(d) ** 0.5 * float(c._table()[-1] / c._table().abs().min())
+        gain = (
+            padded(d) if isinstance(c, Rotated) else padded(d) ** 0.5 * float(c._table()[-1] / c._table().abs().min())
+        )
         return float(u.double().norm(dim=1).max()) * gain > torch.finfo(torch.float32).max
     gain = d / kept(c.k, d, "") if isinstance(c, RandK) else min(n, d) if isinstance(c, PermK) else 1.0
     normed = isinstance(c, QSGD | Independent) or (isinstance(c, Correlated) and c.scale == "own")
@@ -415,9 +417,9 @@ def moments(compressor: Compressor, family: str, n: int, d: int) -> Moments:
         drawn = compressor.decode(compressor.encode(u.repeat(T, 1), rnd), rnd).double().reshape(T, n, d).numpy()
     else:
         T = 2 if hasattr(compressor, "alpha") else 1_500
-        rnd, drawn = round_of(compressor, u), np.empty((T, n, d))
+        drawn = np.empty((T, n, d))
         for k in range(T):
-            now = replace(rnd, index=k)
+            now = round_of(compressor, u, k)
             drawn[k] = compressor.decode(compressor.encode(u, now), now).numpy()
     off = drawn - u.double().numpy()
     each, joint = (off**2).sum(2), (off.mean(1) ** 2).sum(1)
@@ -473,7 +475,9 @@ def test_unbiased(compressor, family):
     for n, d in regimes(compressor, family):
         u, seen = inputs(family, n, d).double().numpy(), moments(compressor, family, n, d)
         error = np.abs(seen.mean - u)
-        allowed = SIX * np.sqrt(variance(compressor, u) / seen.samples) + 2.0**-20 * scales(compressor, u)
+        # The largest coordinate is a point of Grid's, which a rounded quotient misses with probability below 2^-23.
+        missed = 2.0**-23 * scales(compressor, u) ** 2 if isinstance(compressor, Grid) else 0.0
+        allowed = SIX * np.sqrt((variance(compressor, u) + missed) / seen.samples) + 2.0**-20 * scales(compressor, u)
         assert (error <= allowed).all(), (n, d)
 
 

@@ -1,4 +1,4 @@
-"""Rotations: the transform and its inverse, what a rotation does to constants, DRIVE and EDEN (docs/derivations/rotation.md).
+"""Rotations: the transform and its inverse, what a rotation does to constants, DRIVE and EDEN.
 
 Statistical tests fix their seed and allow six standard errors a comparison, 2e-9 for a normal variable; about five
 hundred comparisons give a false-alarm rate below 1e-5 in all, once, when the seed was chosen.
@@ -119,14 +119,23 @@ def test_omega_of_grid(levels, d):
 
 
 # ------------------------------------------------------------------------------------------------ Rotated
-INNERS: list[Compressor] = [Grid(2), Grid(5), QSGD(3), Independent(), RandK(3), PermK(), Correlated(), Correlated("max")]
+INNERS: list[Compressor] = [
+    Grid(2),
+    Grid(5),
+    QSGD(3),
+    Independent(),
+    RandK(3),
+    PermK(),
+    Correlated(),
+    Correlated("max"),
+]
 
 
 def drawn(compressor: Compressor, u: torch.Tensor, samples: int) -> np.ndarray:
     """(samples, n, d) decoded rows of so many rounds."""
-    start, out = round_of(compressor, u), np.empty((samples, *u.shape))
+    out = np.empty((samples, *u.shape))
     for k in range(samples):
-        now = zoo.round_of(compressor, u, k) if compressor.agrees else replace(start, index=k)
+        now = round_of(compressor, u, k)
         out[k] = compressor.decode(compressor.encode(u, now), now).numpy()
     return out
 
@@ -220,7 +229,9 @@ def test_what_is_stated_and_what_is_not():
         assert not hasattr(code, "alpha")
         with pytest.raises(ConfigError, match="measured for d > 32"):
             code.omega(32)
-    assert Drive(numerical=True).omega(64) == Eden(1, numerical=True).omega(64) == pytest.approx(1.1 * (math.pi / 2 - 1))
+    assert (
+        Drive(numerical=True).omega(64) == Eden(1, numerical=True).omega(64) == pytest.approx(1.1 * (math.pi / 2 - 1))
+    )
 
 
 def test_impossible_parameters():
@@ -297,7 +308,13 @@ def test_alpha_is_tight_and_its_lemma_holds():
     """(E|sum a_i e_i|)^2 >= ||a||^2 / 2 by all 2^10 signs; with equality at two equal entries, whatever the signs."""
     signs = np.array(list(product([-1.0, 1.0], repeat=10)))
     gen = np.random.default_rng(0)
-    for a in (*gen.normal(size=(50, 10)), *gen.standard_cauchy((50, 10)), np.ones(10), np.eye(10)[0], 0.5 ** np.arange(10)):
+    for a in (
+        *gen.normal(size=(50, 10)),
+        *gen.standard_cauchy((50, 10)),
+        np.ones(10),
+        np.eye(10)[0],
+        0.5 ** np.arange(10),
+    ):
         assert np.abs(signs @ a).mean() ** 2 >= (a @ a) / 2 * (1 - 1e-12)
     u = torch.zeros(50, 32)
     u[:, 3] = u[:, 20] = 1.0

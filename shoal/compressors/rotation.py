@@ -99,7 +99,7 @@ class Grid(Unbiased):
             raise ConfigError(f"Grid(levels={self.levels!r}): the number of grid points is an integer in 2..32767.")
 
     def omega(self, d: int) -> float:
-        """With q = (d-1)/(levels-1)^2: omega = q for even levels, (sqrt(1+4q) - 1)/2 for odd: exact suprema (proved)."""
+        """With q = (d-1)/(levels-1)^2: omega = q for even levels, (sqrt(1+4q) - 1)/2 for odd; exact suprema."""
         q = (d - 1) / (self.levels - 1) ** 2
         return q if self.levels % 2 == 0 else (math.sqrt(1.0 + 4.0 * q) - 1.0) / 2.0
 
@@ -178,7 +178,7 @@ class Rotated(Conditional):
 
     def _alpha(self, d: int) -> float:
         """That of `inner` at D coordinates."""
-        return self.inner.alpha(padded(d))  # type: ignore[attr-defined,no-any-return]
+        return self.inner.alpha(padded(d))  # type: ignore[attr-defined]
 
     def _ab(self, n: int, d: int) -> AB:
         """That of `inner` at D coordinates; where it says c max ||u_i||^2 of a shared scale, also
