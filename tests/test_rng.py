@@ -97,9 +97,9 @@ def test_golden_permutation_and_support(ops):
 # ------------------------------------------------------------------------------------------------ streams
 DRAWING = {"draw", "shared", "uniform", "coin", "permutation"}
 STREAMS = {
-    "Correlated.bits", "Correlated.places", "Correlated.shifts", "Correlated.ties", "Independent.bits",
-    "Independent.ties", "Marina.coin", "PermK.coordinates", "PermK.owners", "QSGD.levels", "QSGD.ties",
-    "RandK.support",
+    "Correlated.bits", "Correlated.places", "Correlated.shifts", "Correlated.ties", "Grid.levels", "Grid.ties",
+    "Independent.bits", "Independent.ties", "Marina.coin", "PermK.coordinates", "PermK.owners", "QSGD.levels",
+    "QSGD.ties", "RandK.support", "Rotation.signs",
 }  # fmt: skip
 
 

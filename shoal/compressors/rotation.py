@@ -41,7 +41,7 @@ def checked_norms(u: Rows, rnd: Round, gain: float) -> Rows:
 
 
 def _signs(stream: str, step: int, D: int, slots: Tensor, rnd: Round) -> Tensor:
-    return kernels.of(slots).rademacher(rnd.draw(f"{stream}.signs{step}", slots), D)
+    return kernels.of(slots).rademacher(rnd.fork(f"{stream}{step}").draw("Rotation.signs", slots), D)
 
 
 def rotate(u: Rows, stream: str, slots: Tensor, rnd: Round, rounds: int = 1) -> Rows:
