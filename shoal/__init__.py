@@ -12,12 +12,16 @@ from shoal.compressors import (
     Composed,
     Correlated,
     Dense,
+    Drive,
+    Eden,
+    Grid,
     Independent,
     Natural,
     NaturalDithering,
     PerLayer,
     PermK,
     RandK,
+    Rotated,
     Scaled,
     Sign,
     Ternary,
@@ -36,6 +40,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 __all__ = [
     "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Composed", "Correlated", "Dense", "Diana",
-    "Independent", "Marina", "MeanEstimate", "Natural", "NaturalDithering", "PerLayer", "PermK", "Quadratics",
-    "RandK", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "mean_estimation", "simulate",
+    "Drive", "Eden", "Grid", "Independent", "Marina", "MeanEstimate", "Natural", "NaturalDithering", "PerLayer",
+    "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK",
+    "mean_estimation", "simulate",
 ]  # fmt: skip

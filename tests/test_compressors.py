@@ -36,15 +36,19 @@ from shoal.compressors import (
     Composed,
     Correlated,
     Dense,
+    Grid,
     Independent,
     NaturalDithering,
     PerLayer,
     PermK,
     RandK,
+    Rotated,
     Scaled,
     TopK,
 )  # fmt: skip
 from shoal.compressors.correlated import exact_error
+from shoal.compressors.drive import Turned
+from shoal.compressors.rotation import padded
 from shoal.compressors.sparse import kept
 from shoal.core import Compressor, Messages, Round, Unbiased
 from shoal.errors import ConfigError, NonFiniteError, WireError
@@ -53,8 +57,10 @@ from shoal.theory import AB
 
 every = pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 # `numerical` changes the constants that are stated and no byte, so laws are measured once for both.
-laws = pytest.mark.parametrize("compressor", [c for c in COMPRESSORS if not getattr(c, "numerical", False)], ids=repr)
-ROUNDING = [c for c in COMPRESSORS if isinstance(c, QSGD | Independent | Correlated)]
+# The laws of one client under a random rotation are in test_rotation.py.
+ALONE = [c for c in COMPRESSORS if not getattr(c, "numerical", False) and not isinstance(c, Rotated | Turned)]
+laws = pytest.mark.parametrize("compressor", ALONE, ids=repr)
+ROUNDING = [c for c in COMPRESSORS if isinstance(c, QSGD | Independent | Correlated | Grid)]
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -71,6 +77,12 @@ def paper_bytes(c: Compressor, n: int, d: int) -> int:
     k = kept(c.k, d, "") if isinstance(c, RandK | TopK) else 0
     if isinstance(c, Composed | Correlated | PerLayer | Scaled):
         return composition.paper_bytes(c, n, d, paper_bytes)
+    if isinstance(c, Rotated):
+        return paper_bytes(c.inner, n, padded(d))
+    if isinstance(c, Turned):
+        return n * (4 + math.ceil(padded(d) * c._bits / 8))
+    if isinstance(c, Grid):
+        return n * (4 + math.ceil(d * math.ceil(math.log2(c.levels)) / 8))
     if isinstance(c, Dense):
         return n * 4 * d
     if isinstance(c, RandK):
@@ -128,8 +140,10 @@ def test_aggregate_is_the_mean_of_decoded_rows(compressor, family):
             assert (rows.dtype, tuple(rows.shape)) == (torch.float32, (n, d))
             mean, out = rows.double().mean(0), compressor.aggregate(msgs, rnd)
             assert (out.dtype, tuple(out.shape)) == (torch.float32, (d,))
-            # Decoded rows are rounded to float32 and so is the mean: 2^-23 of the largest entry covers both.
-            assert (out.double() - mean).abs().max() <= 2.0**-23 * rows.abs().max()
+            # Decoded rows are rounded to float32 and so is the mean: 2^-23 of the largest entry covers both. A
+            # rotation rounds at each of its stages, relative to the norm of a row.
+            most = 12 * rows.norm(dim=1).max() if isinstance(compressor, Rotated) else rows.abs().max()
+            assert (out.double() - mean).abs().max() <= 2.0**-23 * most
 
 
 FRESH = """
@@ -180,7 +194,7 @@ def test_golden_bytes(compressor, ops, monkeypatch):
         monkeypatch.setattr(kernels, "cpu", reference)
     stored = json.loads((make.HERE / "payloads.json").read_text())
     u = make.vectors()
-    rnd = replace(round_of(compressor, u), index=make.INDEX, seed=make.SEED)
+    rnd = round_of(compressor, u, make.INDEX, make.SEED)
     assert [row.hex() for row in rows_of(compressor.encode(u, rnd))] == stored[repr(compressor)]
 
 
@@ -209,6 +223,11 @@ def overflows(c: Compressor, u: torch.Tensor) -> bool:
     n, d = u.shape
     if isinstance(c, Composed | PerLayer | Scaled) or (isinstance(c, Correlated) and c.blocks > 1):
         return composition.overflows(c, u, overflows)
+    if isinstance(c, Rotated | Turned):
+        gain = (
+            padded(d) if isinstance(c, Rotated) else padded(d) ** 0.5 * float(c._table()[-1] / c._table().abs().min())
+        )
+        return float(u.double().norm(dim=1).max()) * gain > torch.finfo(torch.float32).max
     gain = d / kept(c.k, d, "") if isinstance(c, RandK) else min(n, d) if isinstance(c, PermK) else 1.0
     gain = pointwise_laws.gain(c) if isinstance(c, pointwise_laws.KINDS) else gain
     normed = isinstance(c, QSGD | Independent | NaturalDithering) or (isinstance(c, Correlated) and c.scale == "own")
@@ -422,7 +441,7 @@ def moments(compressor: Compressor, family: str, n: int, d: int) -> Moments:
         T = 2 if isinstance(compressor, TopK) else 1_500
         rnd, drawn = round_of(compressor, u), np.empty((T, n, d))
         for k in range(T):
-            now = replace(rnd, index=k)
+            now = round_of(compressor, u, k)
             drawn[k] = compressor.decode(compressor.encode(u, now), now).numpy()
     off = drawn - u.double().numpy()
     each, joint = (off**2).sum(2), (off.mean(1) ** 2).sum(1)
@@ -442,9 +461,9 @@ def regimes(compressor: Compressor, family: str) -> list[tuple[int, int]]:
 
 def scales(c: Compressor, u: np.ndarray) -> np.ndarray:
     """(n, 1): the r_i of a compressor that rounds onto [-r_i, r_i]."""
-    if isinstance(c, Correlated) and c.scale != "own":
+    if isinstance(c, Grid) or (isinstance(c, Correlated) and c.scale != "own"):
         top = np.abs(u).max(1, keepdims=True)
-        return np.full_like(top, top.max()) if c.scale == "shared" else top
+        return np.full_like(top, top.max()) if c.agrees else top
     return np.linalg.norm(u, axis=1, keepdims=True)
 
 
@@ -462,6 +481,10 @@ def variance(c: Compressor, u: np.ndarray) -> np.ndarray:
     r = scales(c, u)
     if isinstance(c, Correlated):
         return composition.grid_variance(u, r, c.levels)
+    if isinstance(c, Grid):
+        z = (u + r) * (c.levels - 1) / (2 * np.where(r > 0, r, 1.0))
+        f = z - np.floor(z)
+        return (2 * r / (c.levels - 1)) ** 2 * f * (1.0 - f)
     if isinstance(c, QSGD):
         z = c.levels * np.abs(u) / np.where(r > 0, r, 1.0)
         f = z - np.floor(z)
@@ -481,6 +504,10 @@ def test_unbiased(compressor, family):
         u, seen = inputs(family, n, d).double().numpy(), moments(compressor, family, n, d)
         error = np.abs(seen.mean - u)
         allowed = SIX * np.sqrt(variance(compressor, u) / seen.samples) + 2.0**-20 * scales(compressor, u)
+        if isinstance(compressor, Grid):
+            # The largest entry is a grid point, from which a rounded quotient sends it to the next with probability
+            # below (levels-1) 2^-23: two such samples are allowed for (three: below 1e-7 for 5 levels).
+            allowed += 2 * 2 * scales(compressor, u) / (compressor.levels - 1) / seen.samples
         assert (error <= allowed).all(), (n, d)
 
 

@@ -18,18 +18,26 @@ from torch import Tensor
 
 from shoal.compressors import (
     QSGD,
+    Bernoulli,
     Composed,
     Correlated,
     Dense,
+    Drive,
+    Eden,
+    Grid,
     Independent,
+    Natural,
+    NaturalDithering,
     PerLayer,
     PermK,
     RandK,
+    Rotated,
     Scaled,
+    Sign,
+    Ternary,
     TopK,
 )  # fmt: skip
 from shoal.compressors.correlated import agree_locally
-from shoal.compressors.pointwise import Bernoulli, Natural, NaturalDithering, Sign, Ternary
 from shoal.core import Channel, Compressor, Messages, Method, Problem, Round, State
 from shoal.descents import Step
 from shoal.errors import ConfigError
@@ -66,6 +74,16 @@ COMPRESSORS: list[Compressor] = [
     Scaled(RandK(3)),
     PerLayer((2, None), (RandK(1), QSGD(3))),
     PerLayer((None, 1), (PermK(), Composed(PermK(), Independent()))),
+    Grid(2),
+    Grid(5),
+    Rotated(Grid(4)),
+    Rotated(Correlated()),
+    Rotated(PermK()),
+    Rotated(TopK(3)),
+    Rotated(RandK(3), shared=False),
+    Drive(),
+    Drive("least", rounds=1),
+    Eden(3, rounds=3),
 ]
 COMPRESSORS += [Bernoulli(0.6), Sign(), Ternary(), Natural(), NaturalDithering(1), NaturalDithering(3)]
 COMPRESSORS += [Independent(3), Independent(4), Independent(7)]
@@ -140,7 +158,7 @@ def has(compressor: Compressor, constant: str) -> bool:
 
 METHODS: list[Method] = [
     GD(),
-    *(DCGD(c) for c in COMPRESSORS),
+    *(DCGD(c) for c in COMPRESSORS if has(c, "ab") or has(c, "alpha")),
     *(Diana(c) for c in COMPRESSORS if has(c, "omega")),
     Diana(RandK(3), shift=0.1),
     *(Marina(c) for c in COMPRESSORS if has(c, "ab")),

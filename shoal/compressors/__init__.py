@@ -2,26 +2,15 @@
 
 from shoal.compressors.correlated import Correlated
 from shoal.compressors.dither import QSGD, Independent
+from shoal.compressors.drive import Drive, Eden
 from shoal.compressors.permk import PermK
 from shoal.compressors.pointwise import Bernoulli, Natural, NaturalDithering, Sign, Ternary
+from shoal.compressors.rotation import Grid, Rotated
 from shoal.compressors.sparse import RandK, TopK
 from shoal.compressors.wrap import Composed, PerLayer, Scaled
 from shoal.core import Dense
 
 __all__ = [
-    "QSGD",
-    "Bernoulli",
-    "Composed",
-    "Correlated",
-    "Dense",
-    "Independent",
-    "Natural",
-    "NaturalDithering",
-    "PerLayer",
-    "PermK",
-    "RandK",
-    "Scaled",
-    "Sign",
-    "Ternary",
-    "TopK",
-]
+    "QSGD", "Bernoulli", "Composed", "Correlated", "Dense", "Drive", "Eden", "Grid", "Independent", "Natural",
+    "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled", "Sign", "Ternary", "TopK",
+]  # fmt: skip

@@ -19,11 +19,13 @@ __all__ = [
     "decode_levels",
     "decode_natural",
     "decode_natural_levels",
+    "dots",
     "encode_bits",
     "encode_levels",
     "encode_natural",
     "encode_natural_levels",
     "gather",
+    "hadamard",
     "halves",
     "maxes",
     "mean_abs",
@@ -35,6 +37,7 @@ __all__ = [
     "pack",
     "pack_trits",
     "permutation",
+    "rademacher",
     "scatter",
     "sign_bits",
     "square_norm",
@@ -380,3 +383,33 @@ def decode_natural_levels(code: Tensor, r: Tensor, levels: int) -> Tensor:
     level = code.numpy() - levels
     powers = np.where(level == 0, 0.0, np.sign(level) * 2.0 ** (np.abs(level) - float(levels)))
     return torch.from_numpy((powers * r.numpy().astype(np.float64)[:, None]).astype(np.float32))
+
+
+# ------------------------------------------------------------------------------------------------ rotations
+def rademacher(draw: Draw, d: int) -> Tensor:
+    """(m, d) float32 signs: -1 where bit j mod 32 of word floor(j / 32) is set, least significant first, else 1."""
+    bits = np.unpackbits(_words(draw, -(-d // 32)).astype("<u4").view(np.uint8), axis=1, count=d, bitorder="little")
+    return torch.from_numpy(1 - 2 * bits.astype(np.float32))
+
+
+def hadamard(u: Tensor) -> Tensor:
+    """(m, d) float32: u H / sqrt(d), H_jl = (-1)^popcount(j & l), d a power of two.
+
+    Each entry is multiplied by float32(d^-1/2), then log2 d stages of butterflies (a + b, a - b) follow, strides
+    1, 2, 4, ...: this order defines the bits. Scaling first keeps every partial sum below ||u_i||.
+    """
+    m, d = u.shape
+    with np.errstate(over="ignore", invalid="ignore"):
+        x = u.numpy() * np.float32(d**-0.5)
+        stride = 1
+        while stride < d:
+            pairs = x.reshape(m, -1, 2, stride)
+            a, b = pairs[:, :, 0], pairs[:, :, 1]
+            x = np.stack([a + b, a - b], 2).reshape(m, d)
+            stride *= 2
+    return torch.from_numpy(x)
+
+
+def dots(u: Tensor, v: Tensor) -> Tensor:
+    """(m,) float64: sum_j u_ij v_ij, in the lanes' order."""
+    return torch.from_numpy(_lane_sums(u.numpy().astype(np.float64) * v.numpy().astype(np.float64)))

@@ -1,0 +1,235 @@
+"""Rotations that spread a vector evenly over its coordinates, and rounding onto a grid as wide as what is left.
+
+Randomized Hadamard rotations before quantization: Suresh, Yu, Kumar, McMahan, "Distributed mean estimation with
+limited communication", 2017, arXiv:1611.00429. Constants, and what a rotation does to the constants of the compressor
+inside it: docs/derivations/rotation.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal import kernels, rng
+from shoal.compressors.correlated import Correlated
+from shoal.compressors.dither import read_scale
+from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, Unbiased, Vector, as_bytes, checked_rows
+from shoal.errors import ConfigError, NonFiniteError, PayloadError
+from shoal.theory import AB, independent
+
+
+def padded(d: int) -> int:
+    """The least power of two that is at least d."""
+    return 1 << (d - 1).bit_length()
+
+
+def checked_norms(u: Rows, rnd: Round, gain: float) -> Rows:
+    """u, if every row's norm stays finite when multiplied by `gain`: no entry of any rotation is larger.
+
+    Raises NonFiniteError naming the client.
+    """
+    norms = kernels.of(u).norms(u)
+    bad = ~(norms.double() * gain <= FLOAT_MAX)
+    if bool(bad.any()):
+        who, norm = int(rnd.clients[bad][0]), float(norms[bad][0])
+        raise NonFiniteError(f"client {who}, round {rnd.index}: a norm of {norm:g} overflows float32 times {gain:g}.")
+    return u
+
+
+def _signs(stream: str, step: int, D: int, slots: Tensor, rnd: Round) -> Tensor:
+    return kernels.of(slots).rademacher(rnd.fork(f"{stream}{step}").draw("Rotation.signs", slots), D)
+
+
+def rotate(u: Rows, stream: str, slots: Tensor, rnd: Round, rounds: int = 1) -> Rows:
+    """(m, D) float32: (H S_rounds / sqrt(D)) ... (H S_1 / sqrt(D)) u, u padded with zeros to D = padded(d).
+
+    S_t are random signs, of each slot its own or of rng.SHARED one row for all.
+    """
+    D = padded(u.shape[1])
+    y = torch.nn.functional.pad(u, (0, D - u.shape[1]))
+    for step in range(rounds):
+        y = kernels.of(y).hadamard(y * _signs(stream, step, D, slots, rnd))
+    return y
+
+
+def rotate_back(y: Rows, d: int, stream: str, slots: Tensor, rnd: Round, rounds: int = 1) -> Rows:
+    """(m, d) float32: the inverse of `rotate`, without the padding. Raises PayloadError if the result overflows."""
+    for step in reversed(range(rounds)):
+        y = kernels.of(y).hadamard(y) * _signs(stream, step, y.shape[1], slots, rnd)
+    out = y[:, :d].contiguous()
+    if len(out) and not bool((kernels.of(out).maxes(out) <= FLOAT_MAX).all()):
+        raise PayloadError("a received vector overflows float32 when it is rotated back.")
+    return out
+
+
+class Conditional(Compressor):
+    """A compressor that states a constant only for some parameters: `omega` is `_omega` where `_states("omega")`.
+
+    What it does not state it does not have, so that methods refuse it before they run.
+    """
+
+    def _states(self, constant: str) -> bool:
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("omega", "alpha", "ab") and self._states(name):
+            return getattr(self, f"_{name}")
+        raise AttributeError(f"{type(self).__name__} object has no attribute {name!r}")
+
+
+@dataclass(frozen=True)
+class Grid(Unbiased):
+    """Stochastic rounding onto a grid as wide as the row's largest entry, each client on its own.
+
+    u_j becomes one of the two grid points around it, unbiased; the grid has `levels` points r (2 i / (levels-1) - 1),
+    i = 0..levels-1, r = max_j |u_j|. An odd number of levels has zero among them.
+    Wire: r as float32, then i in b = ceil(log2 levels) bits a coordinate. 32 + 8 ceil(d b / 8) bits.
+
+    References: docs/derivations/rotation.md; after a rotation (`Rotated(Grid(levels))`) it is that of arXiv:1611.00429.
+    """
+
+    fixed_length = True
+
+    levels: int = 2
+
+    def __post_init__(self) -> None:
+        if isinstance(self.levels, bool) or not isinstance(self.levels, int) or not 2 <= self.levels <= 32767:
+            raise ConfigError(f"Grid(levels={self.levels!r}): the number of grid points is an integer in 2..32767.")
+
+    def omega(self, d: int) -> float:
+        """With q = (d-1)/(levels-1)^2: omega = q for even levels, (sqrt(1+4q) - 1)/2 for odd; exact suprema."""
+        q = (d - 1) / (self.levels - 1) ** 2
+        return q if self.levels % 2 == 0 else (math.sqrt(1.0 + 4.0 * q) - 1.0) / 2.0
+
+    @property
+    def _bits(self) -> int:
+        return (self.levels - 1).bit_length()
+
+    def capacity(self, n: int, d: int) -> int:
+        """4 + ceil(d ceil(log2 levels) / 8) bytes, always all used."""
+        return 4 + (d * self._bits + 7) // 8
+
+    def encode(self, u: Rows, rnd: Round) -> Messages:
+        u, ops = checked_rows(u, rnd), kernels.of(u)
+        r = ops.maxes(u)
+        code = ops.encode_levels(u, r, rnd.draw("Grid.levels"), rnd.draw("Grid.ties"), self.levels)
+        return Messages.of(torch.cat([as_bytes(r[:, None]), code], 1), rnd, u.shape[1])
+
+    def decode(self, msgs: Messages, rnd: Round) -> Rows:
+        code, r = self._read(msgs, rnd)
+        return kernels.of(code).decode_levels(code, r, self.levels)
+
+    def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
+        code, r = self._read(msgs, rnd)
+        return kernels.of(code).mean_levels(code, r, self.levels, rnd.cohort).float()
+
+    def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor]:
+        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
+        code = kernels.of(payload).unpack(payload[:, 4:], msgs.d, self._bits)
+        if len(code) and int(code.max()) >= self.levels:
+            raise PayloadError(f"Grid(levels={self.levels}): a level lies outside 0..{self.levels - 1}.")
+        return code, read_scale(payload)
+
+
+@dataclass(frozen=True)
+class Rotated(Conditional):
+    """A random rotation, another compressor, and the rotation back: no coordinate stays large.
+
+    C(u) = P' R' Q(R P u): P pads with zeros to D = 2^ceil(log2 d) coordinates, R = H S / sqrt(D) with the Hadamard
+    matrix H and random signs S, Q is `inner`.
+
+    shared=True: all clients have the same signs, and what `inner` says of the n clients together stays true. False:
+    each has its own; for an inner compressor whose clients are independent.
+    Wire: the message of `inner` for D coordinates; the signs are derived (bit j mod 32 of word floor(j / 32)).
+
+    References: arXiv:1611.00429; constants in docs/derivations/rotation.md.
+    """
+
+    inner: Compressor
+    shared: bool = True
+
+    @property
+    def fixed_length(self) -> bool:  # type: ignore[override]
+        """As the inner one."""
+        return self.inner.fixed_length
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Compressor):
+            raise ConfigError(f"Rotated(inner={self.inner!r}): what is rotated is a compressor, e.g. Rotated(Grid(4)).")
+        joint = not isinstance(self.inner, Unbiased) and not hasattr(self.inner, "alpha")
+        if not self.shared and joint:
+            raise ConfigError(
+                f"Rotated({self.inner!r}, shared=False): clients that compress together need one rotation: drop "
+                "`shared=False`."
+            )
+
+    @property
+    def agrees(self) -> bool:  # type: ignore[override]
+        """Whether `inner` does."""
+        return self.inner.agrees
+
+    def _states(self, constant: str) -> bool:
+        return hasattr(self.inner, constant)
+
+    def _omega(self, d: int) -> float:
+        """That of `inner` at D coordinates; for Grid(k) at most (2 ln 2D + 2)/(k-1)^2, the mean over the signs."""
+        D = padded(d)
+        omega: float = self.inner.omega(D)  # type: ignore[attr-defined]
+        if isinstance(self.inner, Grid):
+            return min(omega, (2.0 * math.log(2 * D) + 2.0) / (self.inner.levels - 1) ** 2)
+        return omega
+
+    def _alpha(self, d: int) -> float:
+        """That of `inner` at D coordinates."""
+        return self.inner.alpha(padded(d))  # type: ignore[attr-defined]
+
+    def _ab(self, n: int, d: int) -> AB:
+        """That of `inner` at D coordinates; where it says c max ||u_i||^2 of a shared scale, also
+        c (2 ln(2 n D) + 2)/D: the mean square of the largest of all rotated entries."""
+        if isinstance(self.inner, Unbiased):
+            return independent(self._omega(d), n, f"independent, omega = {self._omega(d):.6g}")
+        ab: AB = self.inner.ab(n, padded(d))  # type: ignore[attr-defined]
+        gain = (2.0 * math.log(2 * n * padded(d)) + 2.0) / padded(d)
+        shared = isinstance(self.inner, Correlated) and self.inner.scale == "shared" and self.inner.blocks == 1
+        if not shared or gain >= 1.0:
+            return ab
+        source = f"shared scale after a rotation (docs/derivations/rotation.md) of: {ab.source}"
+        return replace(ab, c=gain * ab.c, source=source, other=ab)
+
+    def check(self, n: int, d: int) -> None:
+        self.inner.check(n, padded(d))
+
+    def capacity(self, n: int, d: int) -> int:
+        """That of `inner` at D coordinates."""
+        return self.inner.capacity(n, padded(d))
+
+    def predicted_bits(self, n: int, d: int) -> float:
+        """Those of `inner` at D coordinates."""
+        return self.inner.predicted_bits(n, padded(d))
+
+    def _rotated(self, u: Rows, rnd: Round) -> Rows:
+        # D times the norm bounds what any of the compressors makes of a rotated row, there and back.
+        u = checked_norms(checked_rows(u, rnd), rnd, float(padded(u.shape[1])))
+        return rotate(u, "Rotated", rng.SHARED if self.shared else rnd.slots, rnd)
+
+    def prepare(self, u: Rows, rnd: Round) -> Tensor:
+        """What `inner` brings, of the rotated rows."""
+        return self.inner.prepare(self._rotated(u, rnd), rnd.fork("Rotated"))
+
+    def encode(self, u: Rows, rnd: Round) -> Messages:
+        return replace(self.inner.encode(self._rotated(u, rnd), rnd.fork("Rotated")), d=u.shape[1])
+
+    def decode(self, msgs: Messages, rnd: Round) -> Rows:
+        rows = self.inner.decode(replace(msgs, d=padded(msgs.d)), rnd.fork("Rotated"))
+        return rotate_back(rows, msgs.d, "Rotated", rng.SHARED if self.shared else msgs.slots, rnd)
+
+    def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
+        if not self.shared:
+            return super().aggregate(msgs, rnd)
+        # One rotation is linear: the mean is rotated back once, not every row.
+        mean = self.inner.aggregate(replace(msgs, d=padded(msgs.d)), rnd.fork("Rotated"))
+        return rotate_back(mean[None], msgs.d, "Rotated", rng.SHARED, rnd)[0]
