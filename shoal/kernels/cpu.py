@@ -787,6 +787,7 @@ def decode_natural_levels(code: Tensor, r: Tensor, levels: int) -> Tensor:
     out = np.empty(code.shape, np.float32)
     table = np.array([0.0] + [2.0 ** (level - levels) for level in range(1, levels + 1)])
     _decode_natural_levels(code.numpy(), r.numpy(), table, out, levels)
+    return torch.from_numpy(out)
 
 
 # ------------------------------------------------------------------------------------------------ rotations
