@@ -243,7 +243,7 @@ WRONG = {
     "race: config": (["race", "--config", "nosuch.toml"], "No such file"),
     "race: config lines": (["race", "--config", "lines.py"], "--config lines.py"),
     "race: config bytes": (["race", "--config", "bytes.toml"], "--config bytes.toml"),
-    "race: config field": (["race", "--config", "field.toml"], "colour"),
+    "race: config field": (["race", "--config", "field.toml"], "color"),
     "race: config problem": (["race", "--config", "problem.toml"], "problem='phishing'"),
     "race: no theorem": (["race", "quadratics", "DCGD(TopK(1))", *SMALL, "--steps", "theory"], "add --steps tuned"),
     "race: resume": (["race", "--resume", "full"], "holds no race"),
