@@ -259,7 +259,7 @@ def troubles(tmp_path) -> None:
         "empty.svm": "# nothing\n",
         "raises.py": "1 / 0\n",
         "lines.py": "raise ValueError('''two\nlines''')\n",
-        "field.toml": 'colour = "red"\n',
+        "field.toml": 'color = "red"\n',
         "problem.toml": 'problem = "phishing"\n',
         "full/config.json": '{"format": 1, "kind": "run", "method": "GD()"}',
         "damaged/config.json": "{",
