@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from shoal import __version__, compressors, data, methods, problems, report
+from shoal import __version__, compressors, data, kernels, methods, problems, report
 from shoal.cli import bench, mean, race, run
-from shoal.cli.options import With, app, fail, out_console
+from shoal.cli.options import With, app, err_console, fail, out_console
 from shoal.errors import ShoalError
 from shoal.experiments.expressions import known_names
 from shoal.report import mean as means
@@ -100,6 +100,7 @@ def _root(
 
 def main() -> None:
     """Run the command; every error that can be expected is one line and a non-zero exit."""
+    kernels.when_compiling(lambda: err_console.print("compiling kernels (once: they are kept)", style="dim"))
     try:
         app()
     except ShoalError as error:

@@ -5,6 +5,7 @@ Every module has the same function names and gives the same bytes; tests iterate
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 from torch import Tensor
@@ -15,10 +16,15 @@ from shoal.kernels.draw import Draw
 cpu: ModuleType
 try:
     from shoal.kernels import cpu as cpu
+    from shoal.kernels.cpu.compiling import when_compiling
 except ImportError:  # numba is a dependency, but no compiled kernel is needed for correctness
     cpu = reference
 
-__all__ = ["Draw", "of", "reference"]
+    def when_compiling(say: Callable[[], None]) -> None:
+        """Nothing is compiled."""
+
+
+__all__ = ["Draw", "of", "reference", "when_compiling"]
 
 
 def of(tensor: Tensor) -> ModuleType:

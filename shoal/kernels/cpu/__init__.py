@@ -1,0 +1,26 @@
+# ruff: noqa: F401 (what is imported here is listed in reference.__all__)
+"""The kernels of `reference`, compiled by numba: same names, same arguments, same bytes.
+
+Every compiled function is at module level (numba finds only those again in its cache) and releases the interpreter
+lock. No fastmath: results are defined bit for bit, whatever the number of threads (`threads.spread`).
+"""
+
+from shoal.kernels import reference
+from shoal.kernels.cpu.bits import decode_bits, encode_bits, mean_bits
+from shoal.kernels.cpu.levels import decode_levels, encode_levels, mean_levels, pack, unpack
+from shoal.kernels.cpu.philox import halves, permutation, support, words
+from shoal.kernels.cpu.pointwise import (
+    decode_natural,
+    decode_natural_levels,
+    encode_natural,
+    encode_natural_levels,
+    mean_abs,
+    pack_trits,
+    sign_bits,
+    unpack_trits,
+)
+from shoal.kernels.cpu.rotation import dots, hadamard, rademacher
+from shoal.kernels.cpu.sparse import gather, mean_sparse, scatter, topk
+from shoal.kernels.cpu.sums import add_rows, maxes, mean_rows, norms, square_norm
+
+__all__ = reference.__all__

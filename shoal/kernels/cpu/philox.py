@@ -1,0 +1,169 @@
+"""Random words and what is drawn with them alone: Philox4x32-10 in 64-bit lanes.
+
+One 64-bit multiplication yields both halves of Philox's 32 x 32 product.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from shoal.kernels.draw import Draw
+
+TILE = 1024  # coordinates a pass: their random words and flags stay in the first-level cache
+_LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+_HALF = np.uint64(0xFFFF)
+
+
+@njit(inline="always")
+def philox(c0, c1, c2, c3, k0, k1):
+    for _ in range(10):
+        p0 = _M0 * c0
+        p1 = _M1 * c2
+        c0, c1, c2, c3 = (p1 >> _SHIFT) ^ c1 ^ k0, p1 & _LOW, (p0 >> _SHIFT) ^ c3 ^ k1, p0 & _LOW
+        k0 = (k0 + _W0) & _LOW
+        k1 = (k1 + _W1) & _LOW
+    return c0, c1, c2, c3
+
+
+@njit(inline="always")
+def fill_words(out, block, slot, index, stream, k0, k1):
+    """out (64 b) uint32: the words of whole blocks of 64 coordinates, from `block` on."""
+    for b in range(out.size // 64):
+        for lane in range(16):
+            c = np.uint64((block + b) * 16 + lane)
+            w0, w1, w2, w3 = philox(c, slot, index, stream, k0, k1)
+            out[64 * b + lane] = np.uint32(w0)
+            out[64 * b + 16 + lane] = np.uint32(w1)
+            out[64 * b + 32 + lane] = np.uint32(w2)
+            out[64 * b + 48 + lane] = np.uint32(w3)
+
+
+@njit(inline="always")
+def fill_halves(out, block, slot, index, stream, k0, k1):
+    """out (128 b) int32: the 16-bit halves of whole blocks of 128 coordinates, from `block` on."""
+    for b in range(out.size // 128):
+        for lane in range(16):
+            c = np.uint64((block + b) * 16 + lane)
+            w0, w1, w2, w3 = philox(c, slot, index, stream, k0, k1)
+            at = 128 * b + lane
+            out[at] = np.int32(w0 & _HALF)
+            out[at + 16] = np.int32(w0 >> np.uint64(16))
+            out[at + 32] = np.int32(w1 & _HALF)
+            out[at + 48] = np.int32(w1 >> np.uint64(16))
+            out[at + 64] = np.int32(w2 & _HALF)
+            out[at + 80] = np.int32(w2 >> np.uint64(16))
+            out[at + 96] = np.int32(w3 & _HALF)
+            out[at + 112] = np.int32(w3 >> np.uint64(16))
+
+
+@njit(inline="always")
+def word(j, slot, index, stream, k0, k1):
+    """Word j of a stream alone: what a tie asks for."""
+    w0, w1, w2, w3 = philox(np.uint64((j // 64) * 16 + j % 16), slot, index, stream, k0, k1)
+    w = (j % 64) // 16
+    if w == 0:
+        return w0
+    if w == 1:
+        return w1
+    return w2 if w == 2 else w3
+
+
+@njit(cache=True, nogil=True)
+def _words(out, slots, index, stream, k0, k1):
+    d = out.shape[1]
+    tile = np.empty(TILE, np.uint32)
+    for i in range(out.shape[0]):
+        for lo in range(0, d, TILE):
+            count = min(TILE, d - lo)
+            slot = np.uint64(slots[i])
+            if count % 64 == 0:
+                fill_words(out[i, lo : lo + count], lo // 64, slot, index, stream, k0, k1)
+            else:
+                fill_words(tile[: (count + 63) // 64 * 64], lo // 64, slot, index, stream, k0, k1)
+                for j in range(count):
+                    out[i, lo + j] = tile[j]
+
+
+@njit(cache=True, nogil=True)
+def _halves(out, slots, index, stream, k0, k1):
+    d = out.shape[1]
+    tile = np.empty(TILE, np.int32)
+    for i in range(out.shape[0]):
+        for lo in range(0, d, TILE):
+            count = min(TILE, d - lo)
+            fill_halves(tile[: (count + 127) // 128 * 128], lo // 128, np.uint64(slots[i]), index, stream, k0, k1)
+            for j in range(count):
+                out[i, lo + j] = np.uint16(tile[j])
+
+
+def key(draw: Draw) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
+    """(round, stream, key low, key high) as the compiled loops take them."""
+    return (
+        np.uint64(draw.round & 0xFFFFFFFF),
+        np.uint64(draw.stream),
+        np.uint64(draw.seed & 0xFFFFFFFF),
+        np.uint64(draw.seed >> 32),
+    )
+
+
+def words(draw: Draw, d: int) -> Tensor:
+    out = np.empty((len(draw.slots), d), np.uint32)
+    _words(out, draw.slots.numpy(), *key(draw))
+    return torch.from_numpy(out)
+
+
+def halves(draw: Draw, d: int) -> Tensor:
+    out = np.empty((len(draw.slots), d), np.uint16)
+    _halves(out, draw.slots.numpy(), *key(draw))
+    return torch.from_numpy(out)
+
+
+@njit(cache=True, nogil=True)
+def _permutation(out, w):
+    for t in range(out.size):
+        out[t] = t
+    for t in range(out.size - 1, 0, -1):
+        j = np.int64((np.uint64(w[t]) * np.uint64(t + 1)) >> _SHIFT)
+        out[t], out[j] = out[j], out[t]
+
+
+def permutation(draw: Draw, d: int) -> Tensor:
+    out = np.empty(d, np.int64)
+    _permutation(out, words(draw, d).numpy()[0])
+    return torch.from_numpy(out)
+
+
+@njit(cache=True, nogil=True)
+def _support(out, w, d):
+    m, k = out.shape
+    taken = np.zeros(d, np.bool_)
+    for i in range(m):
+        for c in range(k):
+            t = d - k + c
+            j = np.int64((np.uint64(w[i, c]) * np.uint64(t + 1)) >> _SHIFT)
+            if taken[j]:
+                j = t
+            taken[j] = True
+            out[i, c] = j
+        if 16 * k >= d:  # dense enough that reading all flags in order is cheaper than sorting
+            c = 0
+            for j in range(d):
+                if taken[j]:
+                    out[i, c] = j
+                    taken[j] = False
+                    c += 1
+        else:
+            for c in range(k):
+                taken[out[i, c]] = False
+            out[i].sort()
+
+
+def support(draw: Draw, d: int, k: int) -> Tensor:
+    out = np.empty((len(draw.slots), k), np.int64)
+    _support(out, words(draw, k).numpy(), d)
+    return torch.from_numpy(out)
