@@ -46,7 +46,7 @@ class Shrunk(RandK):
 
 
 # ------------------------------------------------------------------------------------------------ inputs
-@pytest.mark.parametrize("family", ["gaussian", "lognormal", "onehot", "cauchy", "identical", "near:0.1"])
+@pytest.mark.parametrize("family", ["gaussian", "lognormal", "onehot", "cauchy", "identical", "near-identical:0.1"])
 def test_made_vectors(family):
     u = vectors.make(family, 6, 500)
     assert u.shape == (6, 500)
@@ -55,14 +55,26 @@ def test_made_vectors(family):
     assert torch.equal(u, vectors.make(family, 6, 500, seed=1)) is False
     facts = u.double().square().sum(1).mean(), u.double().mean(0).square().sum()
     spread = float(1 - facts[1] / facts[0])
-    # near:S has V/M = S^2 (1 - 1/n) / (1 + S^2), here 0.00825; 3000 coordinates put it within a tenth
-    expected = {"identical": (0, 1e-12), "near:0.1": (0.0074, 0.0091)}.get(family, (0.3, 1.0))
+    # near-identical:S has V/M = S^2 (1 - 1/n) / (1 + S^2), here 0.00825; 3000 coordinates put it within a tenth
+    expected = {"identical": (0, 1e-12), "near-identical:0.1": (0.0074, 0.0091)}.get(family, (0.3, 1.0))
     assert expected[0] - 1e-12 <= spread <= expected[1]
 
 
-@pytest.mark.parametrize("family", ["normal", "near", "near:", "near:x", "near:-1", "near:inf", "near:S", "gaussian:2"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "normal",
+        "near-identical",
+        "near-identical:",
+        "near-identical:x",
+        "near-identical:-1",
+        "near-identical:inf",
+        "near-identical:S",
+        "gaussian:2",
+    ],
+)
 def test_unknown_families(family):
-    with pytest.raises(ConfigError, match="inputs"):
+    with pytest.raises(ConfigError, match="data"):
         vectors.made(family, 3, 4)
 
 
@@ -253,7 +265,7 @@ def as_record(result):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory) -> Path:
-    points = [vectors.made("near:0.2", n, 64, swept=n) for n in (2, 4, 8)]
+    points = [vectors.made("near-identical:0.2", n, 64, swept=n) for n in (2, 4, 8)]
     result = mean_estimation(points, ["Correlated()", "PermK()", "RandK(0.1)", "TopK(0.1)"], 40, sweep="n")
     folder = result.save(tmp_path_factory.mktemp("mean") / "swept", command="shoal mean --sweep n=2,4,8")
     page.write(folder)
@@ -326,16 +338,18 @@ def invoke(*words: str):
 
 def test_shoal_mean(tmp_path):
     out = tmp_path / "m"
-    done = invoke("mean", "--n", "4", "--d", "64", "--inputs", "near:0.1", "--rounds", "10", "--out", str(out))
+    done = invoke(
+        "mean", "--clients", "4", "--dim", "64", "--data", "near-identical:0.1", "--rounds", "10", "--out", str(out)
+    )
     assert done.exit_code == 0, done.output
     assert "Correlated()" in done.output
     assert (out / "report.html").stat().st_size > 1e6
     again = invoke("report", str(out))
     assert again.exit_code == 0, again.output
-    assert "near:0.1" in again.output
+    assert "near-identical:0.1" in again.output
 
 
-@pytest.mark.parametrize("sweep", ["n=2,4", "d=16,64", "near=0.01,0.1,1"])
+@pytest.mark.parametrize("sweep", ["n=2,4", "d=16,64", "spread=0.01,0.1,1"])
 def test_sweeps(tmp_path, sweep):
     done = invoke("mean", "Correlated()", "PermK()", "--sweep", sweep, "--rounds", "4", "--out", str(tmp_path / "m"))
     assert done.exit_code == 0, done.output
@@ -349,7 +363,7 @@ def test_vectors_from_files(tmp_path):
     assert invoke(*words, "--out", str(tmp_path / "a")).exit_code == 0
     assert invoke(*words, "--out", str(tmp_path / "b"), "--sweep", "n=2,6").exit_code == 0
     assert [p["n"] for p in page.load(tmp_path / "b")["points"]] == [2, 6]
-    for bad in (["--sweep", "n=2,7"], ["--sweep", "near=0.1"], ["--n", "3"], ["--inputs", "cauchy"]):
+    for bad in (["--sweep", "n=2,7"], ["--sweep", "spread=0.1"], ["--clients", "3"], ["--data", "cauchy"]):
         done = invoke(*words, *bad, "--out", str(tmp_path / "c"))
         assert isinstance(done.exception, ConfigError)
         assert not (tmp_path / "c").exists()
@@ -358,7 +372,7 @@ def test_vectors_from_files(tmp_path):
 def test_a_compressor_of_ones_own(tmp_path):
     own = tmp_path / "own.py"
     own.write_text("from shoal.compressors import RandK\nclass Mine(RandK):\n    '''own'''\n")
-    words = ["mean", "Mine(2)", "--n", "2", "--d", "8", "--rounds", "3", "--with", str(own)]
+    words = ["mean", "Mine(2)", "--clients", "2", "--dim", "8", "--rounds", "3", "--with", str(own)]
     done = invoke(*words, "--out", str(tmp_path / "m"))
     assert done.exit_code == 0, done.output
     assert page.load(tmp_path / "m")["points"][0]["rows"][0]["compressor"] == "Mine(2)"
@@ -366,9 +380,9 @@ def test_a_compressor_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize(
     "words",
-    [["RandK(99)", "--d", "8"], ["Nope()"], ["--inputs", "fish"], ["--rounds", "1"], ["--n", "0"], ["--sweep", "n=4,2"],
-     ["--sweep", "k=1"], ["--sweep", "near=0,1"], ["--sweep", "n=2", "--n", "3"], ["--sweep", "n=1e3"],
-     ["--vectors", "absent.npy"], ["--with", "absent.py"], ["--sweep", "near=1", "--inputs", "cauchy"]],
+    [["RandK(99)", "--dim", "8"], ["Nope()"], ["--data", "fish"], ["--rounds", "1"], ["--clients", "0"],
+     ["--sweep", "n=4,2"], ["--sweep", "k=1"], ["--sweep", "spread=0,1"], ["--sweep", "n=2", "--clients", "3"], ["--sweep", "n=1e3"],
+     ["--vectors", "absent.npy"], ["--with", "absent.py"], ["--sweep", "spread=1", "--data", "cauchy"]],
     ids=" ".join,
 )  # fmt: skip
 def test_a_wrong_command_leaves_nothing(tmp_path, words):
@@ -379,7 +393,7 @@ def test_a_wrong_command_leaves_nothing(tmp_path, words):
 
 
 def test_a_wrong_command_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["shoal", "mean", "RandK(99)", "--d", "8", "--out", str(tmp_path / "m")])
+    monkeypatch.setattr(sys, "argv", ["shoal", "mean", "RandK(99)", "--dim", "8", "--out", str(tmp_path / "m")])
     with pytest.raises(SystemExit) as left:
         main()
     said = capsys.readouterr()
@@ -414,12 +428,17 @@ def test_throughput():
 
 def test_shoal_bench(tmp_path):
     rows, picture = tmp_path / "rows.json", tmp_path / "speed.png"
-    done = invoke("bench", "--d", "1e3", "--repeat", "1", "--json", str(rows), "--plot", str(picture))
+    done = invoke("bench", "--dim", "1e3", "--repeat", "1", "--json", str(rows), "--plot", str(picture))
     assert done.exit_code == 0, done.output
     assert "TopK(0.01)" in done.output
     facts = json.loads(rows.read_text())
     assert {row["part"] for row in facts["rows"]} == set(bench.PARTS)
     assert all(row["machine"] == facts["machine"] and row["versions"]["numpy"] for row in facts["rows"])
     assert picture.stat().st_size > 10_000
-    for words in (["--d", "x"], ["--d", "1.5"], ["--plot", "speed.txt"], ["--json", str(tmp_path / "no" / "x.json")]):
+    for words in (
+        ["--dim", "x"],
+        ["--dim", "1.5"],
+        ["--plot", "speed.txt"],
+        ["--json", str(tmp_path / "no" / "x.json")],
+    ):
         assert isinstance(invoke("bench", *words).exception, ConfigError)

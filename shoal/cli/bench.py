@@ -32,7 +32,7 @@ def bench(
     compressors: Annotated[
         list[str] | None, typer.Argument(metavar="COMPRESSORS...", help="Expressions. Left out: every compressor.")
     ] = None,
-    d: Annotated[str, typer.Option("--d", "-d", help="Numbers of coordinates.")] = DIMS,
+    d: Annotated[str, typer.Option("--dim", "-d", help="Numbers of coordinates.")] = DIMS,
     repeat: Annotated[int, typer.Option(help="Samples; small d take more.")] = 7,
     json: Annotated[Path | None, typer.Option(help="Write the rows, the machine and the versions here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the speeds at the largest d here (.png, .pdf, .svg).")] = None,
@@ -41,7 +41,7 @@ def bench(
     """Encode, decode and aggregate, in nanoseconds a coordinate and against a memory copy in the same run.
 
     [bold]shoal bench[/bold]
-    [bold]shoal bench "Correlated()" "QSGD(7)" --d 1000000 --json rows.json[/bold]
+    [bold]shoal bench "Correlated()" "QSGD(7)" --dim 1000000 --json rows.json[/bold]
     """
     for option, path in (("--json", json), ("--plot", plot)):
         if path is not None and not path.absolute().parent.is_dir():
@@ -79,7 +79,7 @@ def _dims(text: str) -> list[int]:
     try:
         return [int(float(part)) if float(part).is_integer() else -1 for part in text.split(",")]
     except (ValueError, OverflowError):
-        raise ConfigError(f"--d {text}: numbers of coordinates, e.g. --d 100000,1000000.") from None
+        raise ConfigError(f"--dim {text}: numbers of coordinates, e.g. --dim 100000,1000000.") from None
 
 
 def _rows(chosen: Sequence[Compressor], dims: list[int], repeat: int) -> list[Throughput]:

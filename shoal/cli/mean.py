@@ -22,6 +22,9 @@ from shoal.experiments.vectors import DRAWN, Inputs, given, made, read
 from shoal.report import mean as page
 
 PATIENCE = 2.0  # seconds without a progress bar
+DEFAULT_DATA = "gaussian"
+SPREADS = [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]  # of near-identical vectors, where none is named
+OPTION = {"n": "clients", "d": "dim", "spread": "data"}  # what a sweep takes the place of
 
 
 @app.command()
@@ -33,17 +36,20 @@ def mean(
             metavar="COMPRESSORS...", help="Expressions such as 'RandK(0.03)'. Left out: all unbiased ones."
         ),
     ] = None,
-    n: Annotated[int, typer.Option("--n", "-n", help="Number of vectors.")] = 16,
-    d: Annotated[int, typer.Option("--d", "-d", help="Coordinates.")] = 4096,
-    inputs: Annotated[str, typer.Option(help=", ".join(DRAWN) + " (S a number).")] = "gaussian",
+    n: Annotated[int, typer.Option("--clients", "-n", help="Number of vectors.")] = 16,
+    d: Annotated[int, typer.Option("--dim", "-d", help="Coordinates.")] = 4096,
+    data: Annotated[str, typer.Option(help=", ".join(DRAWN) + " (S a number; left out, it is swept).")] = DEFAULT_DATA,
     vectors: Annotated[
         list[Path] | None,
         typer.Option(help="A .npy or .safetensors file with the vectors, a row a client; can be given several times."),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Independent rounds, at least 2.")] = 200,
+    rounds: Annotated[
+        int | None, typer.Option(help="Independent rounds, at least 2 (default: 200; fewer for long vectors).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of made vectors and of all compressors.")] = 0,
     sweep: Annotated[
-        str | None, typer.Option(metavar="WHAT=VALUES", help="n=2,4,8 or d=64,1024 or near=0.01,0.1,1: one point each.")
+        str | None,
+        typer.Option(metavar="WHAT=VALUES", help="n=2,4,8 or d=64,1024 or spread=0.01,0.1,1: one point each."),
     ] = None,
     with_file: With = None,
     out: Annotated[Path | None, typer.Option(help="Folder of results; must be empty or new.")] = None,
@@ -51,17 +57,20 @@ def mean(
     """How well does each compressor estimate the mean of n vectors, for how many bits, and how fast?
 
     [bold]shoal mean[/bold]
-    [bold]shoal mean --n 16 --d 4096 --inputs near:0.1 "Correlated()" "RandK(0.03)" --sweep n=2,4,8,16,32[/bold]
+    [bold]shoal mean --clients 16 --dim 1048576 --data near-identical[/bold]
+    [bold]shoal mean --data near-identical:0.1 "Correlated()" "RandK(0.03)" --sweep n=2,4,8,16,32[/bold]
     [bold]shoal mean --vectors gradients.npy[/bold]
     """
     asked = {name for name in context.params if _on_command_line(context, name)}
     swept, values = _sweep(sweep)
     _refuse(asked, swept, bool(vectors))
-    points = _read(vectors, swept, values) if vectors else _made(inputs, n, d, seed, swept, values)
+    if data == "near-identical" and swept is None and not vectors:
+        data, swept, values = DEFAULT_DATA, "spread", SPREADS
+    points = _read(vectors, swept, values) if vectors else _made(data, n, d, seed, swept, values)
     torch.set_num_threads(1)
     if with_file:
         err_console.print(f"running code from {', '.join(with_file)}: trusted, not sandboxed", highlight=False)
-    name = points[0].name if swept != "near" else "near"
+    name = points[0].name if swept != "spread" else "near-identical"
     folder = out or new_folder("mean", name.replace(":", "-"))
     fresh = not folder.exists()
     make_folder(folder)  # it must be known to be writable before anything is measured
@@ -87,11 +96,11 @@ def _sweep(text: str | None) -> tuple[str | None, list[float]]:
         return None, []
     what, _, listed = text.partition("=")
     try:
-        values: list[float] = [float(v) if what == "near" else int(v) for v in listed.split(",")]
+        values: list[float] = [float(v) if what == "spread" else int(v) for v in listed.split(",")]
     except ValueError:
         values = []
-    if what not in ("n", "d", "near") or not values or not all(0 < v < math.inf for v in values):
-        raise ConfigError(f"--sweep {text}: n=2,4,8 or d=64,1024 or near=0.01,0.1,1, positive numbers.")
+    if what not in ("n", "d", "spread") or not values or not all(0 < v < math.inf for v in values):
+        raise ConfigError(f"--sweep {text}: n=2,4,8 or d=64,1024 or spread=0.01,0.1,1, positive numbers.")
     if sorted(set(values)) != values:
         raise ConfigError(f"--sweep {text}: values must ascend, each once.")
     return what, values
@@ -100,12 +109,12 @@ def _sweep(text: str | None) -> tuple[str | None, list[float]]:
 def _refuse(asked: set[str], swept: str | None, files: bool) -> None:
     """An option that would be ignored is a mistake."""
     if files:
-        unused = asked & {"n", "d", "inputs"}
-        if unused or swept == "near":
-            words = ", ".join(f"--{name}" for name in sorted(unused)) or "--sweep near"
+        unused = asked & {"n", "d", "data"}
+        if unused or swept == "spread":
+            words = ", ".join(f"--{OPTION.get(name, name)}" for name in sorted(unused)) or "--sweep spread"
             raise ConfigError(f"--vectors brings the vectors: leave out {words}.")
-    if swept in asked or (swept == "near" and "inputs" in asked):
-        raise ConfigError(f"--sweep {swept} sets it: leave out --{'inputs' if swept == 'near' else swept}.")
+    if swept in asked or (swept == "spread" and "data" in asked):
+        raise ConfigError(f"--sweep {swept} sets it: leave out --{OPTION[swept]}.")
 
 
 def _made(family: str, n: int, d: int, seed: int, swept: str | None, values: list[float]) -> list[Inputs]:
@@ -113,8 +122,8 @@ def _made(family: str, n: int, d: int, seed: int, swept: str | None, values: lis
         return [made(family, int(v), d, seed, v) for v in values]
     if swept == "d":
         return [made(family, n, int(v), seed, v) for v in values]
-    if swept == "near":
-        return [made(f"near:{v:g}", n, d, seed, v) for v in values]
+    if swept == "spread":
+        return [made(f"near-identical:{v:g}", n, d, seed, v) for v in values]
     return [made(family, n, d, seed)]
 
 
@@ -130,7 +139,12 @@ def _read(files: list[Path], swept: str | None, values: list[float]) -> list[Inp
 
 
 def _measured(
-    points: list[Inputs], compressors: list[str] | None, rounds: int, seed: int, swept: str | None, files: Sequence[str]
+    points: list[Inputs],
+    compressors: list[str] | None,
+    rounds: int | None,
+    seed: int,
+    swept: str | None,
+    files: Sequence[str],
 ) -> MeanEstimate:
     """The measurements, with a bar on the screen once they take longer than two seconds."""
     bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=err_console)

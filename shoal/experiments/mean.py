@@ -31,7 +31,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PARAMETERS = ("RandK(0.03125)", "QSGD(1)", "QSGD(7)", "Correlated()", "Correlated('own')")
+PARAMETERS = (
+    "RandK(0.03125)", "QSGD(1)", "QSGD(7)", "Correlated()", "Correlated('own')", "Correlated(levels=4)",
+    "Correlated(levels=16)", "Grid()", "Rotated(Grid())", "Rotated(Grid(16))", "Drive(numerical=True)",
+    "Eden(2, numerical=True)", "Eden(4, numerical=True)", "Composed(PermK(), QSGD(7))",
+)  # fmt: skip
+WORK = 200_000_000  # client-coordinates of one compressor, over all points, that the default number of rounds asks for
+FEWEST, MOST = 8, 200  # rounds, by default
 Progress = Callable[[str, float], None]  # (what is being measured, the share of all work that is done)
 
 
@@ -51,7 +57,7 @@ class Point:
 
 @dataclass(frozen=True)
 class MeanEstimate:
-    """What `mean_estimation` found: one point, or several along a sweep of n, d or the spread ("near")."""
+    """What `mean_estimation` found: one point, or several along a sweep of n, d or the spread ("spread")."""
 
     points: tuple[Point, ...]
     rounds: int
@@ -112,7 +118,7 @@ class MeanEstimate:
 def mean_estimation(
     vectors: Tensor | np.ndarray | Inputs | Sequence[Inputs],
     compressors: Sequence[Compressor | str] | None = None,
-    rounds: int = 200,
+    rounds: int | None = None,
     seed: int = 0,
     *,
     sweep: str | None = None,
@@ -121,12 +127,15 @@ def mean_estimation(
 ) -> MeanEstimate:
     """Compress the n rows of `vectors` (n, d) in so many independent rounds, with every compressor.
 
-    vectors: numbers, or what `shoal.experiments.vectors` makes; several of them along a `sweep` ("n", "d" or "near").
+    vectors: numbers, or what `shoal.experiments.vectors` makes; several of them along a `sweep` ("n", "d" or "spread").
+    rounds: by default 200, and fewer, down to 8, for vectors so long that each of them tells as much.
     compressors: objects or expressions, with classes of the Python `files` too; by default all unbiased ones of the
     library that fit. Raises ConfigError, before anything is measured, for a compressor that does not fit, for fewer
     than two rounds, and for vectors that are all zero (they have no normalized error).
     """
     inputs = _inputs(vectors)
+    if rounds is None:
+        rounds = min(MOST, max(FEWEST, WORK // sum(i.n * i.d for i in inputs)))
     if rounds < 2:
         raise ConfigError(f"rounds={rounds}: an interval needs at least 2 rounds.")
     chosen = _chosen(inputs, compressors, files)
@@ -220,7 +229,7 @@ def _draw_sweep(panel: Axes, result: MeanEstimate) -> None:
         panel.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
         bound = [math.nan if r.bound is None or r.bound < floor else r.bound for r in rows]
         panel.plot(x, bound, color=color, lw=0.9, ls="--")
-    panel.set_xlabel({"near": "spread S of near:S"}.get(result.sweep or "", result.sweep or ""))
+    panel.set_xlabel({"spread": "spread S of near-identical:S"}.get(result.sweep or "", result.sweep or ""))
     panel.set_title("measured with 95% band, and the bound (dashed)", loc="left", size=10)
 
 

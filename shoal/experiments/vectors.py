@@ -23,7 +23,7 @@ DRAWN = {
     "onehot": "each vector one coordinate, drawn uniformly, of value 1",
     "cauchy": "independent standard Cauchy entries",
     "identical": "one normal vector, n times",
-    "near:S": "one normal vector, and S times a normal vector of its own for each client",
+    "near-identical:S": "one normal vector, and S times a normal vector of its own for each client",
 }
 
 
@@ -38,18 +38,18 @@ class Inputs(NamedTuple):
 
 
 def checked_family(family: str) -> float:
-    """The spread s of "near:s", and 0 for the other families. Raises ConfigError for an unknown one."""
+    """The spread s of "near-identical:s", and 0 for the other families. Raises ConfigError for an unknown one."""
     name, colon, spread = family.partition(":")
-    if name != "near" or not colon:
-        if family not in DRAWN or family == "near:S":
-            raise ConfigError(f"inputs {family!r}: they are {', '.join(DRAWN)} (S a number, as in near:0.1).")
+    if name != "near-identical" or not colon:
+        if family not in DRAWN or family == "near-identical:S":
+            raise ConfigError(f"data {family!r}: {', '.join(DRAWN)} (S a number, as in near-identical:0.1).")
         return 0.0
     try:
         value = float(spread)
     except ValueError:
         value = math.nan
     if not 0.0 <= value <= 1e6:
-        raise ConfigError(f"inputs {family!r}: the spread is a number from 0 to 1e6, as in near:0.1.")
+        raise ConfigError(f"data {family!r}: the spread is a number from 0 to 1e6, as in near-identical:0.1.")
     return value
 
 
