@@ -122,7 +122,9 @@ class Messages:
 
 def as_bytes(x: Tensor) -> Tensor:
     """The little-endian bytes of a contiguous (m, c) float32 tensor: (m, 4 c) uint8."""
-    return x.contiguous().view(torch.uint8)
+    flat = x.contiguous().reshape(-1)
+    # A single number counts as contiguous whatever its stride, which a view as bytes does not accept.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).reshape(len(x), 4 * x.shape[1])
 
 
 def as_floats(b: Tensor) -> Tensor:

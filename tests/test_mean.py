@@ -381,7 +381,8 @@ def test_a_compressor_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     "words",
     [["RandK(99)", "--dim", "8"], ["Nope()"], ["--data", "fish"], ["--rounds", "1"], ["--clients", "0"],
-     ["--sweep", "n=4,2"], ["--sweep", "k=1"], ["--sweep", "spread=0,1"], ["--sweep", "n=2", "--clients", "3"], ["--sweep", "n=1e3"],
+     ["--sweep", "n=4,2"], ["--sweep", "k=1"], ["--sweep", "spread=0,1"], ["--sweep", "n=1e3"],
+     ["--sweep", "n=2", "--clients", "3"],
      ["--vectors", "absent.npy"], ["--with", "absent.py"], ["--sweep", "spread=1", "--data", "cauchy"]],
     ids=" ".join,
 )  # fmt: skip
