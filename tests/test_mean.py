@@ -429,7 +429,9 @@ def test_throughput():
 
 def test_shoal_bench(tmp_path):
     rows, picture = tmp_path / "rows.json", tmp_path / "speed.png"
-    done = invoke("bench", "--dim", "1e3", "--repeat", "1", "--json", str(rows), "--plot", str(picture))
+    done = invoke(
+        "bench", "--dim", "1e3", "--threads", "1", "--repeat", "1", "--json", str(rows), "--plot", str(picture)
+    )
     assert done.exit_code == 0, done.output
     assert "TopK(0.01)" in done.output
     facts = json.loads(rows.read_text())
@@ -439,6 +441,7 @@ def test_shoal_bench(tmp_path):
     for words in (
         ["--dim", "x"],
         ["--dim", "1.5"],
+        ["--threads", "1000"],
         ["--plot", "speed.txt"],
         ["--json", str(tmp_path / "no" / "x.json")],
     ):

@@ -1,13 +1,15 @@
 """What compressors cost on this machine: encode, decode and aggregate, each beside a memory copy of the same numbers.
 
 One client's row of d standard normal coordinates is encoded and decoded; `CLIENTS` messages are aggregated. Times are
-CPU nanoseconds of one thread a coordinate (aggregate: a client-coordinate), as `shoal.experiments.timing` takes them.
+nanoseconds a coordinate (aggregate: a client-coordinate), of the CPU on one thread and of the clock on several, as
+`shoal.experiments.timing` takes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ from shoal.core import Compressor, Round
 from shoal.errors import ConfigError
 from shoal.experiments.expressions import compact
 from shoal.experiments.folder import versions, write_json
+from shoal.experiments.goals import Checked, using
 from shoal.experiments.timing import Row, beside_copy, machine_line, normal_rows
 from shoal.palette import COLORS
 
@@ -34,6 +37,7 @@ class Throughput:
     compressor: str
     part: str
     d: int
+    threads: int
     bits: float
     row: Row
 
@@ -44,27 +48,38 @@ class Throughput:
 
     def facts(self) -> dict[str, Any]:
         """The row as JSON has it."""
-        own = {"compressor": self.compressor, "part": self.part, "d": self.d, "bits": self.bits}
+        own = {
+            "compressor": self.compressor,
+            "part": self.part,
+            "d": self.d,
+            "threads": self.threads,
+            "bits": self.bits,
+        }
         return own | {"gigabytes_a_second": self.gigabytes} | self.row.facts()
 
 
-def throughput(compressors: Sequence[Compressor], dims: Sequence[int], repeat: int = 7) -> Iterator[Throughput]:
-    """Every part of every compressor at every d, in that order of nesting reversed: d outermost.
+def throughput(
+    compressors: Sequence[Compressor], dims: Sequence[int], repeat: int = 7, threads: Sequence[int] = (1,)
+) -> Iterator[Throughput]:
+    """Every part of every compressor with every number of threads at every d: d outermost, parts innermost.
 
     Raises ConfigError, before anything is timed, for an impossible d or repeat and for a compressor that does not fit.
     """
-    if repeat < 1 or not dims or min(dims) < 1:
-        raise ConfigError(f"repeat={repeat}, d={', '.join(map(str, dims))}: all are integers, at least 1.")
+    if repeat < 1 or not dims or min(dims) < 1 or not threads or min(threads) < 1:
+        said = f"repeat={repeat}, d={', '.join(map(str, dims))}, threads={', '.join(map(str, threads))}"
+        raise ConfigError(f"{said}: all are integers, at least 1.")
     for d in dims:
         for compressor in compressors:
             compressor.check(CLIENTS, d)
-    return _timed(compressors, dims, repeat)
+    return _timed(compressors, dims, repeat, threads)
 
 
-def _timed(compressors: Sequence[Compressor], dims: Sequence[int], repeat: int) -> Iterator[Throughput]:
+def _timed(
+    compressors: Sequence[Compressor], dims: Sequence[int], repeat: int, threads: Sequence[int]
+) -> Iterator[Throughput]:
     for d in dims:
         rows, samples = normal_rows(CLIENTS, d, 0), repeat + min(SMALL // d, 100)
-        for compressor in compressors:
+        for count, compressor in product(threads, compressors):
             everyone = agree_locally(rows, compressor, Round.full(0, 0, CLIENTS))
             first = everyone.rows(slice(0, 1))
             all_msgs, msgs = compressor.encode(rows, everyone), compressor.encode(rows[:1], first)
@@ -76,9 +91,10 @@ def _timed(compressors: Sequence[Compressor], dims: Sequence[int], repeat: int) 
             bits = (8.0 * float(all_msgs.nbytes.sum()) / CLIENTS + (32 if compressor.agrees else 0)) / d
             label = compact(compressor)
             for part, (call, floats) in calls.items():
-                taken, ratio = beside_copy(call, floats, samples)
+                with using(count):
+                    taken, ratio = beside_copy(call, floats, samples, wall=count > 1)
                 row = Row("bench", f"{label}, {part}, d={d}", "ns", [1e9 * t / floats for t in taken], ratio)
-                yield Throughput(label, part, d, bits, row)
+                yield Throughput(label, part, d, count, bits, row)
 
 
 def _encode(compressor: Compressor, u: Any, rnd: Round) -> None:
@@ -88,10 +104,11 @@ def _encode(compressor: Compressor, u: Any, rnd: Round) -> None:
     compressor.encode(u, rnd)
 
 
-def save(rows: Sequence[Throughput], path: Path) -> None:
-    """The rows with the machine and the versions, as JSON."""
+def save(rows: Sequence[Throughput], checked: Sequence[Checked], path: Path) -> None:
+    """The rows with the machine and the versions, and what was held against the goals, as JSON."""
     facts = {"format": 1, "kind": "bench", "machine": machine_line(), "versions": versions()}
-    write_json(path, {**facts, "rows": [{**row.facts(), **_where(facts)} for row in rows]})
+    held = [{**asdict(goal), "met": goal.met, **_where(facts)} for goal in checked]
+    write_json(path, {**facts, "rows": [{**row.facts(), **_where(facts)} for row in rows], "goals": held})
 
 
 def _where(facts: dict[str, Any]) -> dict[str, Any]:
@@ -99,13 +116,16 @@ def _where(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def plot(rows: Sequence[Throughput]) -> Figure:
-    """GB of float32 a second at the largest d, a bar a part and compressor, and the copy as a line (extra [report])."""
+    """GB of float32 a second at the largest d and the most threads: a bar a part and compressor, the copy as a line.
+
+    Needs the extra [report].
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError('a plot needs matplotlib: pip install "shoal[report]".') from None
-    last = max(row.d for row in rows)
-    shown = [row for row in rows if row.d == last]
+    last, most = max(row.d for row in rows), max(row.threads for row in rows)
+    shown = [row for row in rows if (row.d, row.threads) == (last, most)]
     names = list(dict.fromkeys(row.compressor for row in shown))
     figure = Figure(figsize=(8, 1.6 + 0.42 * len(names)), dpi=200, layout="constrained")
     panel = figure.subplots()
@@ -117,7 +137,7 @@ def plot(rows: Sequence[Throughput]) -> Figure:
     panel.axvline(sorted(copy)[len(copy) // 2], color="#555555", lw=1.0, ls="--", label="memory copy")
     panel.set_yticks(range(len(names)), names, fontsize=8)
     panel.invert_yaxis()
-    panel.set(xscale="log", xlabel=f"GB of float32 a second, d = {last:,}, one thread")
+    panel.set(xscale="log", xlabel=f"GB of float32 a second, d = {last:,}, threads: {most}")
     panel.grid(True, axis="x", color="#e3e6ea", lw=0.7)
     panel.set_axisbelow(True)
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8)

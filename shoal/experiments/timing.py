@@ -66,18 +66,31 @@ def cpu_seconds(call: Callable[[], Any]) -> float:
     return (clock() - began) / 1e9
 
 
-def beside_copy(call: Callable[[], Any], floats: int, repeat: int) -> tuple[list[float], float]:
-    """(CPU seconds of `repeat` calls, median ratio to copying `floats` float32 numbers into a ready buffer).
+def wall_seconds(call: Callable[[], Any]) -> float:
+    """Seconds of one call on the wall clock: what several threads are timed by."""
+    began = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - began) / 1e9
+
+
+def beside(
+    call: Callable[[], Any], other: Callable[[], Any], repeat: int, *, wall: bool = False
+) -> tuple[list[float], float]:
+    """(seconds of `repeat` calls, median of the other's time / the call's, each pair one right after the other).
 
     The first pair compiles, loads and touches the pages, and is thrown away.
     """
-    source, target = torch.ones(floats), torch.ones(floats)
-    pairs = []
+    seconds, pairs = wall_seconds if wall else cpu_seconds, []
     for _ in range(repeat + 1):
-        copy = cpu_seconds(lambda: target.copy_(source))
-        pairs.append((cpu_seconds(call), copy))
-    taken = [t for t, _ in pairs[1:]]
-    return taken, float(np.median([copy / t for t, copy in pairs[1:]]))
+        yardstick = seconds(other)
+        pairs.append((seconds(call), yardstick))
+    return [t for t, _ in pairs[1:]], float(np.median([yardstick / t for t, yardstick in pairs[1:]]))
+
+
+def beside_copy(call: Callable[[], Any], floats: int, repeat: int, *, wall: bool = False) -> tuple[list[float], float]:
+    """`beside` the copy of so many float32 numbers into a ready buffer."""
+    source, target = torch.ones(floats), torch.ones(floats)
+    return beside(call, lambda: target.copy_(source), repeat, wall=wall)
 
 
 def normal_rows(m: int, d: int, seed: int) -> torch.Tensor:

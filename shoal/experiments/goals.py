@@ -1,0 +1,172 @@
+"""The goals of the kernels: how near a memory copy's speed each comes on this machine, with one thread and with two.
+
+A ratio is t(copy) / t, the copy of the same float32 numbers into a ready buffer in the same run and on as many threads:
+1 is as fast as a memory copy. One thread is timed by its CPU time, several by the wall clock, and then only on a quiet
+machine. The goals are for two threads; one thread is held against seven tenths of them. They depend on the machine, so
+no test looks at them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from shoal import kernels, rng
+from shoal.compressors import QSGD, Correlated, Drive, Eden, Independent, PermK, RandK, TopK
+from shoal.compressors.correlated import agree_locally
+from shoal.core import Compressor, Messages, Round
+from shoal.experiments.expressions import compact
+from shoal.experiments.timing import beside, beside_copy, normal_rows
+
+CLIENTS = 16
+ONE_THREAD = 0.7  # of a goal for two
+SMALL, MICROSECONDS = 1000, 20.0  # coordinates of a call that is all fixed cost, and the goal for it
+Call = Callable[[], Any]
+
+
+class Goal(NamedTuple):
+    """What is called on d coordinates, and the ratio it should reach on two threads."""
+
+    name: str
+    call: Call
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A goal's measurement: nanoseconds a coordinate (a call's microseconds where `d` is `SMALL`), ratio, and goal."""
+
+    name: str
+    d: int
+    threads: int
+    figure: float
+    ratio: float | None
+    goal: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the ratio is at least the goal; without a ratio, whether the figure is at most."""
+        return self.figure <= self.goal if self.ratio is None else self.ratio >= self.goal
+
+
+def goals(d: int) -> Iterator[Goal]:
+    """The goals at d coordinates, one after the other, so that the vectors of one are gone before the next."""
+    rnd = Round.full(1, 0, CLIENTS)
+    one, u = rnd.rows(slice(0, 1)), normal_rows(1, d, 0)
+    ops, place = kernels.of(u), torch.zeros(1, dtype=torch.int64)
+    private, ties = one.draw("goals.bits"), one.draw("goals.ties")
+    norm, top = ops.norms(u), ops.maxes(u)
+    yield Goal("IQ encode, 1 bit, scale given", lambda: ops.encode_bits(u, norm, private, ties, 1, place, None), 0.9)
+    yield Goal("IQ encode, 1 bit, with the norm", lambda: Independent().encode(u, one), 0.5)
+
+    def correlated() -> Any:
+        shifts = rng.below(rnd.shared("goals.shifts"), d, CLIENTS)
+        return ops.encode_bits(u, top, private, ties, CLIENTS, place, shifts)
+
+    yield Goal("CQ encode, 1 bit, scale given", correlated, 0.5)
+    agreed = agree_locally(u, Correlated(), one)
+    yield Goal("CQ encode, 1 bit, with the scale", lambda: _whole(Correlated(), u, one, agreed), 0.35)
+    msgs = Correlated().encode(u, agreed)
+    yield Goal("decode of a 1-bit message", lambda: Correlated().decode(msgs, agreed), 1.2)
+    many, everyone = _repeated(msgs, agreed)
+    yield Goal(f"mean of {CLIENTS} 1-bit messages", lambda: Correlated().aggregate(many, everyone), 0.8)
+    yield from _each_way(QSGD(7), u, one, "4-bit quantization", 0.45, 1.2)
+    yield from _one_way(Drive(rounds=1), u, one, "DRIVE encode, one rotation", 0.2)
+    yield from _one_way(Eden(1, rounds=1), u, one, "EDEN encode, 1 bit, one rotation", 0.2)
+    yield from _one_way(TopK(0.01), u, one, "TopK encode, 1 %", 0.1)
+    yield from _each_way(RandK(0.0625), u, one, "RandK, k = d/16,", 0.12, 0.12)
+    yield from _each_way(PermK(), u, one, f"PermK, n = {CLIENTS},", 1.0, 1.0)
+
+
+def _whole(compressor: Compressor, u: torch.Tensor, rnd: Round, agreed: Round) -> Messages:
+    """What a client does where a scale is agreed on: its own part of it, then the message."""
+    compressor.prepare(u, rnd)
+    return compressor.encode(u, agreed)
+
+
+def _repeated(msgs: Messages, rnd: Round) -> tuple[Messages, Round]:
+    """The message, sent by every client."""
+    everyone = Round(rnd.index, rnd.seed, CLIENTS, torch.arange(CLIENTS), torch.arange(CLIENTS), CLIENTS, rnd.agreed)
+    payload = msgs.payload.expand(CLIENTS, -1).contiguous()
+    return Messages.of(payload, everyone, msgs.d), everyone
+
+
+def _one_way(compressor: Compressor, u: torch.Tensor, rnd: Round, name: str, goal: float) -> Iterator[Goal]:
+    yield Goal(name, lambda: compressor.encode(u, rnd), goal)
+
+
+def _each_way(
+    compressor: Compressor, u: torch.Tensor, rnd: Round, name: str, there: float, back: float
+) -> Iterator[Goal]:
+    yield Goal(f"{name} encode", lambda: compressor.encode(u, rnd), there)
+    msgs = compressor.encode(u, rnd)
+    yield Goal(f"{name} decode", lambda: compressor.decode(msgs, rnd), back)
+
+
+def check(dims: Sequence[int], threads: Sequence[int], repeat: int) -> Iterator[Checked]:
+    """Every goal at every d with every number of threads, then what a call costs that has next to nothing to do."""
+    for d in dims:
+        for count in threads:
+            with using(count):
+                for goal in goals(d):
+                    taken, ratio = beside_copy(goal.call, d, repeat, wall=count > 1)
+                    yield Checked(goal.name, d, count, 1e9 * _median(taken) / d, ratio, _held(goal.ratio, count))
+                yield from _butterflies(d, count, repeat)
+                yield _against_torch(d, count, repeat)
+    yield from fixed_costs(repeat)
+
+
+def _butterflies(d: int, count: int, repeat: int) -> Iterator[Checked]:
+    """The Hadamard transform of the power of two that d is padded to."""
+    size = 1 << (d - 1).bit_length()
+    x = normal_rows(1, size, 0)
+    ops = kernels.of(x)
+    taken, ratio = beside_copy(lambda: ops.hadamard(x), size, repeat, wall=count > 1)
+    yield Checked("Hadamard transform", size, count, 1e9 * _median(taken) / size, ratio, _held(0.35, count))
+
+
+def _against_torch(d: int, count: int, repeat: int) -> Checked:
+    """TopK beside torch.topk of the same magnitudes: the ratio of their times."""
+    x, k = normal_rows(1, d, 0), d // 100
+    ops = kernels.of(x)
+    taken, ratio = beside(lambda: ops.topk(x, k), lambda: x.abs().topk(k), repeat, wall=count > 1)
+    return Checked("TopK, 1 %: times faster than torch.topk", d, count, 1e9 * _median(taken) / d, ratio, 4.0)
+
+
+def fixed_costs(repeat: int) -> Iterator[Checked]:
+    """Microseconds of each call on `SMALL` coordinates, on one thread."""
+    u = normal_rows(1, SMALL, 0)
+    with using(1):
+        for compressor in (Independent(), Correlated(), QSGD(7), TopK(0.01), RandK(0.0625), PermK(), Drive(rounds=1)):
+            rnd = Round.full(1, 0, CLIENTS).rows(slice(0, 1))
+            rnd = agree_locally(u, compressor, rnd)
+            msgs = compressor.encode(u, rnd)
+            calls = {"encode": lambda c=compressor, r=rnd: c.encode(u, r)}
+            calls["decode"] = lambda c=compressor, r=rnd, m=msgs: c.decode(m, r)
+            for part, call in calls.items():
+                taken, _ = beside_copy(call, SMALL, 50 * repeat)
+                name = f"{compact(compressor)} {part}, d = {SMALL}: µs a call"
+                yield Checked(name, SMALL, 1, 1e6 * _median(taken), None, MICROSECONDS)
+
+
+@contextmanager
+def using(threads: int) -> Iterator[None]:
+    """So many threads, for torch and for the kernels."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _held(goal: float, threads: int) -> float:
+    return goal if threads > 1 else ONE_THREAD * goal
+
+
+def _median(taken: Sequence[float]) -> float:
+    return sorted(taken)[len(taken) // 2]
