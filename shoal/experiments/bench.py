@@ -48,14 +48,8 @@ class Throughput:
 
     def facts(self) -> dict[str, Any]:
         """The row as JSON has it."""
-        own = {
-            "compressor": self.compressor,
-            "part": self.part,
-            "d": self.d,
-            "threads": self.threads,
-            "bits": self.bits,
-        }
-        return own | {"gigabytes_a_second": self.gigabytes} | self.row.facts()
+        own = {"compressor": self.compressor, "part": self.part, "d": self.d, "threads": self.threads}
+        return own | {"bits": self.bits, "gigabytes_a_second": self.gigabytes} | self.row.facts()
 
 
 def throughput(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -145,9 +146,8 @@ def fixed_costs(repeat: int) -> Iterator[Checked]:
             rnd = Round.full(1, 0, CLIENTS).rows(slice(0, 1))
             rnd = agree_locally(u, compressor, rnd)
             msgs = compressor.encode(u, rnd)
-            calls = {"encode": lambda c=compressor, r=rnd: c.encode(u, r)}
-            calls["decode"] = lambda c=compressor, r=rnd, m=msgs: c.decode(m, r)
-            for part, call in calls.items():
+            parts = {"encode": partial(compressor.encode, u, rnd), "decode": partial(compressor.decode, msgs, rnd)}
+            for part, call in parts.items():
                 taken, _ = beside_copy(call, SMALL, 50 * repeat)
                 name = f"{compact(compressor)} {part}, d = {SMALL}: µs a call"
                 yield Checked(name, SMALL, 1, 1e6 * _median(taken), None, MICROSECONDS)
