@@ -146,7 +146,10 @@ def fixed_costs(repeat: int) -> Iterator[Checked]:
             rnd = Round.full(1, 0, CLIENTS).rows(slice(0, 1))
             rnd = agree_locally(u, compressor, rnd)
             msgs = compressor.encode(u, rnd)
-            parts = {"encode": partial(compressor.encode, u, rnd), "decode": partial(compressor.decode, msgs, rnd)}
+            parts: dict[str, Call] = {
+                "encode": partial(compressor.encode, u, rnd),
+                "decode": partial(compressor.decode, msgs, rnd),
+            }
             for part, call in parts.items():
                 taken, _ = beside_copy(call, SMALL, 50 * repeat)
                 name = f"{compact(compressor)} {part}, d = {SMALL}: µs a call"
