@@ -98,7 +98,20 @@ def correlated(steps: int) -> None:
     """One line a shape: the worst ratio to the numerical AB inequality, errors exact."""
     print("\nCorrelated(numerical=True): worst ratio of the exact error to its bound\n")
     print('| n, d | `"own"` | `"max"` |\n|---|---|---|')
-    for n, d in ((2, 2), (2, 8), (2, 64), (3, 4), (3, 40), (4, 16), (5, 3), (8, 2), (8, 32), (16, 4), (16, 64), (33, 5)):
+    for n, d in (
+        (2, 2),
+        (2, 8),
+        (2, 64),
+        (3, 4),
+        (3, 40),
+        (4, 16),
+        (5, 3),
+        (8, 2),
+        (8, 32),
+        (16, 4),
+        (16, 64),
+        (33, 5),
+    ):
         cells = []
         for scale in ("own", "max"):
             ab, rng = Correlated(scale, numerical=True).ab(n, d), np.random.default_rng([n, d])

@@ -42,7 +42,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 __all__ = [
     "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Coded", "Composed", "Correlated", "Dense", "Diana",
-    "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina", "MeanEstimate", "Natural", "NaturalDithering", "PerLayer",
-    "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK",
+    "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina", "MeanEstimate", "Natural", "NaturalDithering",
+    "PerLayer", "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK",
     "mean_estimation", "simulate",
 ]  # fmt: skip

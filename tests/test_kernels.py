@@ -151,7 +151,7 @@ CASES |= {
 
 
 def entropy(v: Inputs) -> list[tuple[Tensor, int, int]]:
-    """(symbols, how many there are, bytes they may take): rare ones, even ones, one alone, too many, too little room."""
+    """(symbols, how many there are, bytes they may take): rare, even, one alone, too many, too little room."""
     rare = v.codes(3) * (v.codes(20) == 0).long()
     return [
         (rare, 3, v.d), (v.codes(3), 3, v.d // 4 + 1), (torch.full((v.m, v.d), 4), 9, v.d), (v.codes(40), 512, 2 * v.d),

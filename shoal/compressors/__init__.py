@@ -13,6 +13,6 @@ from shoal.compressors.wrap import Composed, PerLayer, Scaled
 from shoal.core import Dense
 
 __all__ = [
-    "QSGD", "Bernoulli", "Coded", "Composed", "Correlated", "Dense", "Drive", "Eden", "Grid", "Independent", "LowRank", "Natural",
-    "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled", "Sign", "Ternary", "TopK",
+    "QSGD", "Bernoulli", "Coded", "Composed", "Correlated", "Dense", "Drive", "Eden", "Grid", "Independent",
+    "LowRank", "Natural", "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled", "Sign", "Ternary", "TopK",
 ]  # fmt: skip

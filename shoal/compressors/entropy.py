@@ -1,8 +1,8 @@
 """The codes of a quantizer in an entropy code: the same law, the same constants, fewer bits.
 
-Asymmetric numeral systems: Duda, 2013, arXiv:1311.2540; here over the exact counts of the row's symbols, which travel in
-Elias' gamma code (doi.org/10.1109/TIT.1975.1055349). QSGD's paper (arXiv:1610.02132) codes its levels with Elias too.
-Lengths: docs/derivations/entropy.md.
+Asymmetric numeral systems: Duda, 2013, arXiv:1311.2540; here over the exact counts of the row's symbols, which travel
+in Elias' gamma code (doi.org/10.1109/TIT.1975.1055349). QSGD's paper (arXiv:1610.02132) codes its levels with Elias
+too. Lengths: docs/derivations/entropy.md.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ MOST = 512  # symbols: the counts of more would take longer than what they save
 
 
 class Layout(NamedTuple):
-    """What an inner message is made of: `head` bytes, then `count` symbols in 0..levels-1, packed."""
+    """What an inner message is made of: `head` bytes, then so many `symbols` in 0..levels-1, packed."""
 
     head: int
-    count: int
+    symbols: int
     levels: int
     ternary: bool = False  # five digits a byte, not so many bits a symbol
 
@@ -151,9 +151,11 @@ class Coded(Conditional):
         plain = self.inner.encode(u, rnd)
         form, ops = self._layout(u.shape[1]), kernels.of(plain.payload)
         body = plain.payload[:, form.head :].contiguous()
-        code = ops.unpack_trits(body, form.count) if form.ternary else ops.unpack(body, form.count, _bits(form))
+        code = ops.unpack_trits(body, form.symbols) if form.ternary else ops.unpack(body, form.symbols, _bits(form))
         short, size = ops.encode_entropy(code, form.levels, body.shape[1])
-        payload = torch.cat([plain.payload[:, : form.head], torch.where((size < body.shape[1])[:, None], short, body)], 1)
+        payload = torch.cat(
+            [plain.payload[:, : form.head], torch.where((size < body.shape[1])[:, None], short, body)], 1
+        )
         return replace(plain, payload=payload, nbytes=form.head + size)
 
     def _plain(self, msgs: Messages, rnd: Round) -> Messages:
@@ -161,13 +163,15 @@ class Coded(Conditional):
         form, full = self._layout(msgs.d), self.capacity(rnd.n, msgs.d)
         payload, size = msgs.payload, msgs.nbytes
         if bool((size < form.head).any()) or bool((size > min(full, payload.shape[1])).any()):
-            raise LengthError(f"rows of {size.tolist()[:4]} bytes in {payload.shape[1]}; {self!r} sends {full} at most.")
+            raise LengthError(
+                f"rows of {size.tolist()[:4]} bytes in {payload.shape[1]}; {self!r} sends {full} at most."
+            )
         out = torch.zeros(len(payload), full, dtype=torch.uint8)
         out[:, : payload.shape[1]] = payload[:, :full]
         short, ops = size < full, kernels.of(payload)
         if bool(short.any()):
             body = payload[short, form.head :].contiguous()
-            code, good = ops.decode_entropy(body, size[short] - form.head, form.count, form.levels)
+            code, good = ops.decode_entropy(body, size[short] - form.head, form.symbols, form.levels)
             if not bool(good.all()):
                 raise PayloadError(f"{self!r}: a row of {int(size[short][~good][0])} bytes is not in its code.")
             out[short, form.head :] = ops.pack_trits(code) if form.ternary else ops.pack(code, _bits(form))

@@ -44,7 +44,9 @@ class LowRank(Compressor):
         if self.shape is not None:
             sides = tuple(self.shape)
             if len(sides) != 2 or not all(isinstance(x, int) and not isinstance(x, bool) and x >= 1 for x in sides):
-                raise ConfigError(f"LowRank(shape={self.shape!r}): a shape is (rows, columns), both at least 1, or None.")
+                raise ConfigError(
+                    f"LowRank(shape={self.shape!r}): a shape is (rows, columns), both at least 1, or None."
+                )
             object.__setattr__(self, "shape", sides)  # a list is welcome, and a value must be hashable
 
     def sides(self, d: int) -> tuple[int, int]:
@@ -86,7 +88,10 @@ class LowRank(Compressor):
         a, b = self.sides(msgs.d)
         values = as_floats(msgs.checked(self.capacity(rnd.n, msgs.d)))
         cut = self.rank * max(a, b)
-        left, right = values[:, :cut].reshape(-1, max(a, b), self.rank), values[:, cut:].reshape(-1, min(a, b), self.rank)
+        left, right = (
+            values[:, :cut].reshape(-1, max(a, b), self.rank),
+            values[:, cut:].reshape(-1, min(a, b), self.rank),
+        )
         rows = kernels.of(values).outer(*((left, right) if a >= b else (right, left)))
         rows = rows.flatten(1)[:, : msgs.d].contiguous()
         if len(rows) and not bool((kernels.of(rows).maxes(rows) <= FLOAT_MAX).all()):
