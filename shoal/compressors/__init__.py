@@ -14,5 +14,6 @@ from shoal.core import Dense
 
 __all__ = [
     "QSGD", "Bernoulli", "Coded", "Composed", "Correlated", "Dense", "Drive", "Eden", "Grid", "Independent",
-    "LowRank", "Natural", "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled", "Sign", "Ternary", "TopK",
+    "LowRank", "Natural", "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled", "Sign", "Ternary",
+    "TopK",
 ]  # fmt: skip
