@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from shoal.compressors import (
     QSGD,
     Bernoulli,
+    Coded,
     Composed,
     Correlated,
     Dense,
@@ -16,6 +17,7 @@ from shoal.compressors import (
     Eden,
     Grid,
     Independent,
+    LowRank,
     Natural,
     NaturalDithering,
     PerLayer,
@@ -39,8 +41,8 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Composed", "Correlated", "Dense", "Diana",
-    "Drive", "Eden", "Grid", "Independent", "Marina", "MeanEstimate", "Natural", "NaturalDithering", "PerLayer",
-    "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK",
+    "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Coded", "Composed", "Correlated", "Dense", "Diana",
+    "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina", "MeanEstimate", "Natural", "NaturalDithering",
+    "PerLayer", "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK",
     "mean_estimation", "simulate",
 ]  # fmt: skip

@@ -33,11 +33,13 @@ from shoal import kernels
 from shoal.compressors import (
     QSGD,
     Bernoulli,
+    Coded,
     Composed,
     Correlated,
     Dense,
     Grid,
     Independent,
+    LowRank,
     NaturalDithering,
     PerLayer,
     PermK,
@@ -57,8 +59,8 @@ from shoal.theory import AB
 
 every = pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 # `numerical` changes the constants that are stated and no byte, so laws are measured once for both.
-# The laws of one client under a random rotation are in test_rotation.py.
-ALONE = [c for c in COMPRESSORS if not getattr(c, "numerical", False) and not isinstance(c, Rotated | Turned)]
+# The laws of one client under a random rotation are in test_rotation.py; Coded decodes to the bits of its inner one.
+ALONE = [c for c in COMPRESSORS if not getattr(c, "numerical", False) and not isinstance(c, Coded | Rotated | Turned)]
 laws = pytest.mark.parametrize("compressor", ALONE, ids=repr)
 ROUNDING = [c for c in COMPRESSORS if isinstance(c, QSGD | Independent | Correlated | Grid)]
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -80,7 +82,9 @@ def paper_bytes(c: Compressor, n: int, d: int) -> int:
     if isinstance(c, Rotated):
         return paper_bytes(c.inner, n, padded(d))
     if isinstance(c, Turned):
-        return n * (4 + math.ceil(padded(d) * c._bits / 8))
+        return n * (4 + sum(math.ceil(count * bits / 8) for count, bits in c._parts(padded(d))))
+    if isinstance(c, LowRank):
+        return n * 4 * c.rank * (math.isqrt(d) + math.ceil(d / math.isqrt(d)))
     if isinstance(c, Grid):
         return n * (4 + math.ceil(d * math.ceil(math.log2(c.levels)) / 8))
     if isinstance(c, Dense):
@@ -105,7 +109,10 @@ def test_lengths_are_the_papers_and_within_capacity(compressor, n, d):
         return
     for family in ("gaussian", "zeros"):
         msgs, _ = encoded(compressor, inputs(family, n, d))
-        assert int(msgs.nbytes.sum()) == paper_bytes(compressor, n, d)
+        if isinstance(compressor, Coded):  # as long as the inner one, or shorter: test_entropy.py says how long
+            assert int(msgs.nbytes.sum()) <= paper_bytes(compressor.inner, n, d)
+        else:
+            assert int(msgs.nbytes.sum()) == paper_bytes(compressor, n, d)
         assert int(msgs.nbytes.max()) <= compressor.capacity(n, d)
         assert (msgs.payload.dtype, msgs.nbytes.dtype, msgs.slots.dtype) == (torch.uint8, torch.int64, torch.int64)
         for row, size in zip(msgs.payload, msgs.nbytes, strict=True):
@@ -221,12 +228,18 @@ SPECIAL = {
 def overflows(c: Compressor, u: torch.Tensor) -> bool:
     """Whether what the compressor makes of u, by its definition, is beyond float32: a multiple, or a norm."""
     n, d = u.shape
+    if isinstance(c, Coded):
+        return overflows(c.inner, u)
+    if isinstance(c, LowRank):
+        return 2 * float(u.double().norm(dim=1).max()) > torch.finfo(torch.float32).max
     if isinstance(c, Composed | PerLayer | Scaled) or (isinstance(c, Correlated) and c.blocks > 1):
         return composition.overflows(c, u, overflows)
     if isinstance(c, Rotated | Turned):
-        gain = (
-            padded(d) if isinstance(c, Rotated) else padded(d) ** 0.5 * float(c._table()[-1] / c._table().abs().min())
-        )
+        gain = float(padded(d))
+        if isinstance(c, Turned):
+            table = c._table(c._parts(padded(d))[0][1])
+            least = float(table.abs().min())
+            gain = max(padded(d) ** 0.5 * float(table[-1]) / least, 1.0 / least)  # what is sent back, and the scale
         return float(u.double().norm(dim=1).max()) * gain > torch.finfo(torch.float32).max
     gain = d / kept(c.k, d, "") if isinstance(c, RandK) else min(n, d) if isinstance(c, PermK) else 1.0
     gain = pointwise_laws.gain(c) if isinstance(c, pointwise_laws.KINDS) else gain
@@ -433,7 +446,7 @@ class Moments(NamedTuple):
 def moments(compressor: Compressor, family: str, n: int, d: int) -> Moments:
     """Independent laws come in one batch, joint ones round by round."""
     u = inputs(family, n, d)
-    if isinstance(compressor, Unbiased):  # a cohort of T n clients is T cohorts of n
+    if isinstance(compressor, Unbiased | LowRank):  # a cohort of T n clients is T cohorts of n
         T = 20_000
         rnd = Round.full(0, 0, T * n)
         drawn = compressor.decode(compressor.encode(u.repeat(T, 1), rnd), rnd).double().reshape(T, n, d).numpy()
@@ -591,6 +604,7 @@ def test_ab_inequality(compressor, family):
     if not hasattr(compressor, "ab"):
         return
     measured = replace(compressor, numerical=False) if getattr(compressor, "numerical", False) else compressor
+    measured = compressor.inner if isinstance(compressor, Coded) else measured
     for n, d in regimes(compressor, family):
         u, seen = inputs(family, n, d).double().numpy(), moments(measured, family, n, d)
         rounding = 1e-6 * (u**2).sum()

@@ -150,6 +150,41 @@ CASES |= {
 }
 
 
+def entropy(v: Inputs) -> list[tuple[Tensor, int, int]]:
+    """(symbols, how many there are, bytes they may take): rare, even, one alone, too many, too little room."""
+    rare = v.codes(3) * (v.codes(20) == 0).long()
+    return [
+        (rare, 3, v.d), (v.codes(3), 3, v.d // 4 + 1), (torch.full((v.m, v.d), 4), 9, v.d), (v.codes(40), 512, 2 * v.d),
+        (rare, 2**9, v.d), (v.codes(2), 2, 9),
+    ]  # fmt: skip
+
+
+def uncoded(ops: ModuleType, v: Inputs) -> list[Tensor]:
+    out = []
+    for code, levels, limit in entropy(v):
+        payload, nbytes = reference.encode_entropy(code, levels, limit)
+        spoiled = payload.clone()
+        spoiled[:, v.d % max(limit, 1)] ^= 4
+        for bytes_, sizes in ((payload, nbytes), (payload, nbytes - 1), (spoiled, nbytes)):
+            out += ops.decode_entropy(bytes_, sizes.clamp(0, limit), v.d, levels)
+    return out
+
+
+def matrices(v: Inputs, rank: int) -> tuple[Tensor, Tensor]:
+    b = max(1, int(v.d**0.5))
+    rows = v.u[:, : v.d // b * b].reshape(v.m, -1, b)
+    start = torch.from_numpy(v.rng.uniform(-1, 1, (v.m, b, min(rank, b))).astype(np.float32))
+    return rows, start
+
+
+CASES |= {
+    "decode_entropy": uncoded,
+    "encode_entropy": lambda ops, v: [x for case in entropy(v) for x in ops.encode_entropy(*case)],
+    "low_rank": lambda ops, v: [x for rank in (1, 3) for x in ops.low_rank(*matrices(v, rank))],
+    "outer": lambda ops, v: ops.outer(*(x * s for x, s in zip([matrices(v, 2)[1]] * 2, (3.0, v.scale), strict=True))),
+}
+
+
 def test_every_kernel_has_a_case_and_a_twin():
     assert sorted(CASES) == sorted(reference.__all__)
     assert all(callable(getattr(cpu, name)) for name in reference.__all__)

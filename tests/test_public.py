@@ -15,14 +15,15 @@ from shoal.kernels import reference
 
 NAMES = {
     shoal: [
-        "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Composed", "Correlated", "Dense", "Diana",
-        "Drive", "Eden", "Grid", "Independent", "Marina", "MeanEstimate", "Natural", "NaturalDithering",
-        "PerLayer", "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary",
-        "TopK", "mean_estimation", "simulate",
+        "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Coded", "Composed", "Correlated", "Dense",
+        "Diana", "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina", "MeanEstimate", "Natural",
+        "NaturalDithering", "PerLayer", "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError",
+        "Sign", "Ternary", "TopK", "mean_estimation", "simulate",
     ],
     compressors: [
-        "QSGD", "Bernoulli", "Composed", "Correlated", "Dense", "Drive", "Eden", "Grid", "Independent", "Natural",
-        "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled", "Sign", "Ternary", "TopK",
+        "QSGD", "Bernoulli", "Coded", "Composed", "Correlated", "Dense", "Drive", "Eden", "Grid", "Independent",
+        "LowRank", "Natural", "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled", "Sign",
+        "Ternary", "TopK",
     ],
     methods: ["DCGD", "EF21", "GD", "Diana", "Marina"],
     problems: ["Classification", "Quadratics", "measured_pm"],

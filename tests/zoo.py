@@ -19,6 +19,7 @@ from torch import Tensor
 from shoal.compressors import (
     QSGD,
     Bernoulli,
+    Coded,
     Composed,
     Correlated,
     Dense,
@@ -26,6 +27,7 @@ from shoal.compressors import (
     Eden,
     Grid,
     Independent,
+    LowRank,
     Natural,
     NaturalDithering,
     PerLayer,
@@ -87,6 +89,7 @@ COMPRESSORS: list[Compressor] = [
 ]
 COMPRESSORS += [Bernoulli(0.6), Sign(), Ternary(), Natural(), NaturalDithering(1), NaturalDithering(3)]
 COMPRESSORS += [Independent(3), Independent(4), Independent(7)]
+COMPRESSORS += [Coded(QSGD(1)), Coded(Correlated("own", levels=3)), Eden(1.5), LowRank()]
 SHAPES = [(5, 12), (5, 7), (4, 130), (3, 8), (6, 3), (7, 3), (5, 1), (1, 9), (1, 1), (2, 2)]
 FAMILIES = ["gaussian", "identical", "one-hot", "two-hot", "cauchy", "zeros"]
 

@@ -25,7 +25,7 @@ from shoal.errors import ConfigError
 from shoal.theory import AB, independent
 
 SMALLEST = 64  # padded dimension from which on the numerical omega was measured and not exceeded
-EXCESS = {b: 1.1 if b <= 2 else 1.5 for b in POINTS}  # what was measured there, over what uniform rotations would give
+EXCESS = {b: 1.2 if b <= 2 else 1.5 for b in POINTS}  # more than any search found, over what uniform rotations give
 # The mean squared error of the 2^b points for a standard normal variable.
 DISTORTION = {
     1: 0.36338022763241862, 2: 0.11748184782932913, 3: 0.03454776078850341, 4: 0.009501008008191758,
@@ -48,11 +48,21 @@ class Turned(Conditional):
 
     rounds: int
     numerical: bool
-    _bits = 1
     _least = False
 
-    def _table(self) -> Tensor:
+    def _parts(self, D: int) -> list[tuple[int, int]]:
+        """(coordinates, bits each) in the order of the rotated coordinates; what is left over is not sent."""
+        return [(D, 1)]
+
+    def _table(self, bits: int) -> Tensor:
         raise NotImplementedError
+
+    def _gain(self, D: int) -> float:
+        """How much larger than ||u|| the scale and what is sent back can be."""
+        parts = self._parts(D)
+        table, root = self._table(parts[0][1]), math.sqrt(sum(count for count, _ in parts))
+        least = float(table[len(table) // 2])
+        return D / root * max(float(table[-1]) / least, 1.0 / (least * root))
 
     def _checked(self) -> None:
         name = type(self).__name__
@@ -68,10 +78,12 @@ class Turned(Conditional):
         return constant == "alpha" if self._least else self.numerical and constant != "alpha"
 
     def _omega(self, d: int) -> float:
-        """EXCESS (1/(1 - D_b) - 1), D_b the distortion of N(0, 1) at b bits: measured, not proved."""
+        """EXCESS (1/(1 - D_b) - 1), D_b the mean distortion of N(0, 1) at these bits: measured, not proved."""
         if padded(d) < SMALLEST:
             raise ConfigError(f"{self!r} on d={d}: its numerical constants were measured for d > {SMALLEST // 2}.")
-        return EXCESS[self._bits] * (1.0 / (1.0 - DISTORTION[self._bits]) - 1.0)
+        parts, D = self._parts(padded(d)), padded(d)
+        kept = sum(count * (1.0 - DISTORTION[bits]) for count, bits in parts) / D
+        return EXCESS[parts[0][1]] * (1.0 / kept - 1.0)
 
     def _ab(self, n: int, d: int) -> AB:
         """A = omega / n, B = 0 if there were no bias; measured, not proved."""
@@ -79,29 +91,40 @@ class Turned(Conditional):
         return AB(ab.a, 0.0, evidence="numerical", source="measured, biased (docs/derivations/rotation.md)")
 
     def capacity(self, n: int, d: int) -> int:
-        """4 + ceil(D bits / 8) bytes, always all used; D = 2^ceil(log2 d)."""
-        return 4 + (padded(d) * self._bits + 7) // 8
+        """4 + ceil(D bits / 8) bytes, always all used, D = 2^ceil(log2 d); two streams where some have a bit more."""
+        return 4 + sum((count * bits + 7) // 8 for count, bits in self._parts(padded(d)))
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        u, ops, table = checked_rows(u, rnd), kernels.of(u), self._table()
+        u, ops = checked_rows(u, rnd), kernels.of(u)
         D = padded(u.shape[1])
-        checked_norms(u, rnd, math.sqrt(D) * float(table[-1] / table[len(table) // 2]))
+        checked_norms(u, rnd, self._gain(D))
         y, square = rotate(u, type(self).__name__, rnd.slots, rnd, self.rounds), ops.dots(u, u)
-        if self._bits == 1:
-            code = (y >= 0).long()
-        else:
-            size = torch.where(square > 0, square, 1.0).sqrt()
-            code = torch.bucketize(y.double() * (math.sqrt(D) / size)[:, None], (table[1:].double() + table[:-1]) / 2)
-        q = table[code]
+        factor = math.sqrt(D) / torch.where(square > 0, square, 1.0).sqrt()
+        q, sent, at = torch.zeros_like(y), [], 0
+        for count, bits in self._parts(D):
+            part, table = y[:, at : at + count], self._table(bits)
+            if bits == 1:
+                code = (part >= 0).long()
+            else:
+                code = torch.bucketize(part.double() * factor[:, None], (table[1:].double() + table[:-1]) / 2)
+            q[:, at : at + count] = table[code]
+            sent.append(ops.pack(code, bits))
+            at += count
         along = ops.dots(y, q)
+        if at < D:  # of what is kept, D / at times: its mean is the whole
+            square = ops.dots(y[:, :at].contiguous(), y[:, :at].contiguous()) * (D / at)
         fit = along / ops.dots(q, q) if self._least else square / torch.where(along > 0, along, 1.0)
         scale = torch.where(along > 0, fit, 0.0).float()
-        return Messages.of(torch.cat([as_bytes(scale[:, None]), ops.pack(code, self._bits)], 1), rnd, u.shape[1])
+        return Messages.of(torch.cat([as_bytes(scale[:, None]), *sent], 1), rnd, u.shape[1])
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
-        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
-        code = kernels.of(payload).unpack(payload[:, 4:].contiguous(), padded(msgs.d), self._bits)
-        rows = self._table()[code] * read_scale(payload)[:, None]
+        payload, D = msgs.checked(self.capacity(rnd.n, msgs.d)), padded(msgs.d)
+        rows, at, byte = torch.zeros(len(payload), D), 0, 4
+        for count, bits in self._parts(D):
+            end = byte + (count * bits + 7) // 8
+            code = kernels.of(payload).unpack(payload[:, byte:end].contiguous(), count, bits)
+            rows[:, at : at + count] = self._table(bits)[code] * read_scale(payload)[:, None]
+            at, byte = at + count, end
         return rotate_back(rows, msgs.d, type(self).__name__, msgs.slots, rnd, self.rounds)
 
 
@@ -132,7 +155,7 @@ class Drive(Turned):
     def _least(self) -> bool:  # type: ignore[override]
         return self.scale == "least"
 
-    def _table(self) -> Tensor:
+    def _table(self, bits: int) -> Tensor:
         return torch.tensor([-1.0, 1.0])
 
     def _alpha(self, d: int) -> float:
@@ -147,25 +170,36 @@ class Eden(Turned):
     C(u) = S R' q, q_j the Lloyd-Max point nearest to (R u)_j sqrt(D) / ||u||, S = ||u||^2 / <R u, q>; R of `rounds`
     rounds of random signs and Hadamard transforms on D = 2^ceil(log2 d).
 
+    bits may be any number in [1/64, 8]. Between b and b + 1, the first floor(bits D) - b D of the rotated coordinates
+    have b + 1 bits, the others b. Below 1, the first K = max(1, floor(bits D)) have one bit, y' is that part of R u,
+    and S = (D/K) ||y'||^2 / <y', q>; the others are zero.
     Unbiased for a uniform rotation, nearly so for two or three rounds in high dimension; no constant is proved.
-    numerical=True states the omega that was measured for d > 32.
-    Wire: S as float32, then the point's number, ascending, in `bits` bits a coordinate. 32 + 8 ceil(D bits / 8) bits.
+    numerical=True states the omega that was measured for d > 32 (bits >= 1).
+    Wire: S as float32, then the point's number, ascending, in as many bits a coordinate: those with b + 1 bits, then,
+    from a byte of their own on, those with b. 32 + 8 ceil(D bits / 8) bits for whole `bits`.
 
     References: arXiv:2108.08842; the measured biases in docs/derivations/rotation.md.
     """
 
-    bits: int = 2
+    bits: float = 2
     rounds: int = 2
     numerical: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or self.bits not in POINTS:
-            raise ConfigError(f"Eden(bits={self.bits!r}): the number of bits a coordinate is an integer in 1..8.")
+        number = isinstance(self.bits, int | float) and not isinstance(self.bits, bool)
+        if not number or not 1 / 64 <= self.bits <= 8:
+            raise ConfigError(f"Eden(bits={self.bits!r}): the number of bits a coordinate is a number in [1/64, 8].")
+        if self.bits == int(self.bits):
+            object.__setattr__(self, "bits", int(self.bits))  # 2.0 is 2, also where it is printed
         self._checked()
+        if self.numerical and self.bits < 1:
+            raise ConfigError(f"{self!r}: the numerical constants were measured for one bit a coordinate or more.")
 
-    @property
-    def _bits(self) -> int:  # type: ignore[override]
-        return self.bits
+    def _parts(self, D: int) -> list[tuple[int, int]]:
+        whole = int(self.bits)
+        more = max(1 if whole == 0 else 0, math.floor(self.bits * D) - whole * D)
+        parts = [(more, whole + 1), (D - more, whole)]
+        return [(count, bits) for count, bits in parts if count and bits]
 
-    def _table(self) -> Tensor:
-        return points(self.bits)
+    def _table(self, bits: int) -> Tensor:
+        return points(bits)
