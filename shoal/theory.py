@@ -10,7 +10,7 @@ One lemma stands behind every MARINA step size (proof in docs/derivations/method
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from scipy.optimize import minimize_scalar
@@ -84,6 +84,17 @@ class AB:
     def all(self) -> tuple[AB, ...]:
         """This inequality and the others that hold as well."""
         return (self,) if self.other is None else (self, *self.other.all())
+
+    def drawn(self, n: int, r: int) -> AB:
+        """Of a uniform cohort of r among n clients, against the mean of all n; self is stated for the cohort's r.
+
+        a and b grow by (1-b) theta, theta = (n-r) / (r (n-1)); c stays (docs/derivations/strata.md).
+        """
+        if not 1 <= r <= n:
+            raise ValueError(f"a cohort of r={r} among n={n} clients: r is in 1..{n}.")
+        more = (1.0 - self.b) * (n - r) / (r * (n - 1)) if n > 1 else 0.0
+        other = None if self.other is None else self.other.drawn(n, r)
+        return replace(self, a=self.a + more, b=self.b + more, other=other)
 
     def best(self, L: Smoothness) -> AB:
         """Of the inequalities that hold, the one with the smallest Gamma."""
