@@ -11,6 +11,7 @@ from shoal.compressors import (
     Bernoulli,
     Composed,
     Correlated,
+    CorrelatedOffset,
     Dense,
     Drive,
     Eden,
@@ -39,8 +40,8 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Composed", "Correlated", "Dense", "Diana",
-    "Drive", "Eden", "Grid", "Independent", "Marina", "MeanEstimate", "Natural", "NaturalDithering", "PerLayer",
+    "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Composed", "Correlated", "CorrelatedOffset",
+    "Dense", "Diana", "Drive", "Eden", "Grid", "Independent", "Marina", "MeanEstimate", "Natural", "NaturalDithering", "PerLayer",
     "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK",
     "mean_estimation", "simulate",
 ]  # fmt: skip

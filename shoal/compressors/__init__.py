@@ -3,6 +3,7 @@
 from shoal.compressors.correlated import Correlated
 from shoal.compressors.dither import QSGD, Independent
 from shoal.compressors.drive import Drive, Eden
+from shoal.compressors.offset import CorrelatedOffset
 from shoal.compressors.permk import PermK
 from shoal.compressors.pointwise import Bernoulli, Natural, NaturalDithering, Sign, Ternary
 from shoal.compressors.rotation import Grid, Rotated
@@ -11,6 +12,6 @@ from shoal.compressors.wrap import Composed, PerLayer, Scaled
 from shoal.core import Dense
 
 __all__ = [
-    "QSGD", "Bernoulli", "Composed", "Correlated", "Dense", "Drive", "Eden", "Grid", "Independent", "Natural",
-    "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled", "Sign", "Ternary", "TopK",
+    "QSGD", "Bernoulli", "Composed", "Correlated", "CorrelatedOffset", "Dense", "Drive", "Eden", "Grid",
+    "Independent", "Natural", "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled", "Sign", "Ternary", "TopK",
 ]  # fmt: skip
