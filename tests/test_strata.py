@@ -20,7 +20,7 @@ from zoo import COMPRESSORS, EQUAL, MIXED, fits, inputs, round_of, setting
 from shoal.compressors import QSGD, Correlated, Independent, PermK, RandK
 from shoal.compressors.correlated import exact_error, grid_omega
 from shoal.compressors.strata import supremum_max, supremum_norm
-from shoal.core import Compressor, Messages, Round, Unbiased
+from shoal.core import Compressor, Messages, Round
 from shoal.errors import ConfigError
 from shoal.methods import Marina
 from shoal.theory import AB
@@ -254,7 +254,7 @@ def test_the_supremum_for_the_norm_is_what_is_known():
         assert supremum_norm(d, 1) == d - 1
         assert supremum_norm(d, 5) == pytest.approx(Independent(6).omega(d))
     assert supremum_norm(25, 5) == pytest.approx((25 - (5 - math.sqrt(24)) ** 2) / 25)
-    assert supremum_norm(12, 6) == pytest.approx(12 / 36)  # 36 = 9 + 9 + 9 + 9 ones is a sum of 12 odd squares
+    assert supremum_norm(12, 6) == pytest.approx(12 / 36)  # 36 = 9 + 9 + 9 + 1 + ... + 1, twelve odd squares
     assert supremum_norm(10**6, 255_000) <= 10**6 / 255_000**2
     for d, s in ((5, 2), (30, 3), (7, 8)):
         assert supremum_norm(d, 2 * s) <= QSGD(s).omega(d)
@@ -321,13 +321,15 @@ def test_correlated_qsgd_is_an_odd_number_of_levels():
     for s in (1, 2, 5):
         code = Correlated("own", levels=2 * s + 1)
         assert code.omega(50) == QSGD(s).omega(50) == grid_omega(50, 2 * s + 1)
-        assert isinstance(QSGD(s), Unbiased)
         assert code.ab(4, 50).a == QSGD(s).ab(4, 50).a
         assert code.homogeneous(4, 50).a == supremum_norm(50, 8 * s)
-    # Clients of opposite signs: rounding magnitudes with these strata would add errors, rounding down does not.
-    u = np.array([[0.5, 1.0], [-0.5, 1.0]])
-    u[:, 1] = 0.0
-    down = exact_error(u, np.ones(2), 3)
-    assert down == pytest.approx(0.125 - 0.125)  # the one rounds up where the other does
-    magnitudes = np.mean([((a < 0.5) * 1.0 - (b < 0.5)) ** 2 / 4 for a, b in [(0.25, 0.75), (0.75, 0.25)]])
-    assert magnitudes == pytest.approx(0.25)
+
+
+def test_magnitudes_would_be_the_wrong_thing_to_round():
+    """Two clients at 1/2 and -1/2: one rounds up and one down, and the mean is 0. With magnitudes rounded by the same
+    thresholds exactly one of them becomes 0: the mean is 1/2 or -1/2, twice the 1/8 of independent rounding."""
+    u = np.array([[0.5], [-0.5]])
+    assert exact_error(u, np.ones(2), 3) == pytest.approx(0.0)
+    assert grid_variance(u, np.ones((2, 1)), 3).sum() / 4 == pytest.approx(0.125)
+    magnitudes = [((U < 0.5) - 1.0 * (U >= 0.5)) / 2 for U in (0.1, 0.3, 0.6, 0.9)]  # the other's threshold lies apart
+    assert np.mean(np.square(magnitudes)) == pytest.approx(0.25)
