@@ -16,13 +16,14 @@ from shoal.kernels import reference
 NAMES = {
     shoal: [
         "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Composed", "Correlated", "CorrelatedOffset",
-        "Dense", "Diana", "Drive", "Eden", "Grid", "Independent", "Marina", "MeanEstimate", "Natural", "NaturalDithering",
-        "PerLayer", "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary",
-        "TopK", "mean_estimation", "simulate",
+        "Dense", "Diana", "Drive", "Eden", "Grid", "Independent", "Marina", "MeanEstimate", "Natural",
+        "NaturalDithering", "PerLayer", "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError",
+        "Sign", "Ternary", "TopK", "mean_estimation", "simulate",
     ],
     compressors: [
-        "QSGD", "Bernoulli", "Composed", "Correlated", "CorrelatedOffset", "Dense", "Drive", "Eden", "Grid", "Independent", "Natural",
-        "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled", "Sign", "Ternary", "TopK",
+        "QSGD", "Bernoulli", "Composed", "Correlated", "CorrelatedOffset", "Dense", "Drive", "Eden", "Grid",
+        "Independent", "Natural", "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled",
+        "Sign", "Ternary", "TopK",
     ],
     methods: ["DCGD", "EF21", "GD", "Diana", "Marina"],
     problems: ["Classification", "Quadratics", "measured_pm"],

@@ -13,5 +13,6 @@ from shoal.core import Dense
 
 __all__ = [
     "QSGD", "Bernoulli", "Composed", "Correlated", "CorrelatedOffset", "Dense", "Drive", "Eden", "Grid",
-    "Independent", "Natural", "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled", "Sign", "Ternary", "TopK",
+    "Independent", "Natural", "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled", "Sign",
+    "Ternary", "TopK",
 ]  # fmt: skip
