@@ -12,6 +12,7 @@ from shoal.compressors import (
     Coded,
     Composed,
     Correlated,
+    CorrelatedOffset,
     Dense,
     Drive,
     Eden,
@@ -41,8 +42,9 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Coded", "Composed", "Correlated", "Dense", "Diana",
-    "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina", "MeanEstimate", "Natural", "NaturalDithering",
+    "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Coded", "Composed", "Correlated",
+    "CorrelatedOffset", "Dense", "Diana", "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina", "MeanEstimate",
+    "Natural", "NaturalDithering",
     "PerLayer", "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK",
     "mean_estimation", "simulate",
 ]  # fmt: skip

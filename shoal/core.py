@@ -171,7 +171,8 @@ class Compressor(ABC):
     Beside these, a compressor states its constants, each with its theorem, as far as it has them:
     `omega(d)`: E C(u) = u, E||C(u) - u||^2 <= omega ||u||^2, errors of different clients uncorrelated or negatively
     correlated (DIANA's theorem needs that);  `alpha(d)`: E||C(u) - u||^2 <= (1 - alpha) ||u||^2;
-    `ab(n, d)`: the AB inequality of the n compressors together.
+    `ab(n, d)`: the AB inequality of the n compressors together;  `homogeneous(n, d)`: a better one for equal inputs;
+    `present(n, d, m)`: that of the mean over m arrived messages of n expected.
     """
 
     agrees = False  # whether `prepare` returns scalars whose maximum all clients must know before `encode`
@@ -204,7 +205,10 @@ class Compressor(ABC):
         """(m, d) float32: C_i(u_i), from the bytes and the round alone."""
 
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
-        """(d,) float32: (1/cohort) sum_i C_i(u_i), added in slot order in float64."""
+        """(d,) float32: (1/cohort) sum_i C_i(u_i) over the given messages, added in slot order in float64.
+
+        A client of the cohort whose message is missing counts as zero: the mean over m present is cohort/m times this.
+        """
         return kernels.of(msgs.payload).mean_rows(self.decode(msgs, rnd), rnd.cohort).float()
 
 
@@ -219,6 +223,10 @@ class Unbiased(Compressor):
         """A = omega / n, B = 0: the errors are independent and have mean zero."""
         return independent(self.omega(d), n, f"independent, omega = {self.omega(d):.6g}")
 
+    def present(self, n: int, d: int, m: int) -> AB:
+        """A = omega / m, B = 0, of the mean over the m of n clients that arrived."""
+        return independent(self.omega(d), m, f"independent, omega = {self.omega(d):.6g}")
+
 
 def require(compressor: Compressor, constant: str, method: str, mend: str) -> None:
     """Raise ConfigError unless the compressor states this constant (`omega`, `alpha` or `ab`)."""
@@ -232,7 +240,8 @@ def require(compressor: Compressor, constant: str, method: str, mend: str) -> No
 
 
 def ab_for_inputs(compressor: Compressor, setting: Setting, equal: bool) -> AB:
-    """The compressor's AB inequality, with the others that hold beside it.
+    """The compressor's AB inequality, with the others that hold beside it; where all inputs are `equal`, also the
+    one that it states for those (`homogeneous`).
 
     Raises ConfigError where it is stated for equal inputs only and what the method compresses is not `equal`.
     """
@@ -242,6 +251,8 @@ def ab_for_inputs(compressor: Compressor, setting: Setting, equal: bool) -> AB:
             f"{compressor!r} states an AB inequality for equal inputs only ({ab.source}), and the clients' differ "
             f"here (L_± = {setting.smoothness.pm!r}): take a compressor whose inequality holds for all inputs."
         )
+    if equal and hasattr(compressor, "homogeneous"):
+        ab = replace(compressor.homogeneous(setting.n, setting.d), other=ab)
     return ab
 
 

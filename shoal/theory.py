@@ -10,7 +10,8 @@ One lemma stands behind every MARINA step size (proof in docs/derivations/method
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from scipy.optimize import minimize_scalar
@@ -85,9 +86,47 @@ class AB:
         """This inequality and the others that hold as well."""
         return (self,) if self.other is None else (self, *self.other.all())
 
+    def drawn(self, n: int, r: int) -> AB:
+        """Of a uniform cohort of r among n clients, against the mean of all n; self is stated for the cohort's r.
+
+        a and b grow by (1-b) theta, theta = (n-r) / (r (n-1)); c stays (docs/derivations/strata.md).
+        """
+        if not 1 <= r <= n:
+            raise ValueError(f"a cohort of r={r} among n={n} clients: r is in 1..{n}.")
+        more = (1.0 - self.b) * (n - r) / (r * (n - 1)) if n > 1 else 0.0
+        other = None if self.other is None else self.other.drawn(n, r)
+        return replace(self, a=self.a + more, b=self.b + more, other=other)
+
     def best(self, L: Smoothness) -> AB:
         """Of the inequalities that hold, the one with the smallest Gamma."""
         return min(self.all(), key=lambda ab: ab.gamma(L))
+
+
+@dataclass(frozen=True)
+class WeightedAB:
+    """E||(1/n) sum C_i(a_i) - abar||^2 <= a (1/n) sum ||a_i||^2 / (n w_i) - b ||abar||^2, weights w_i > 0 of sum 1.
+
+    The weighted AB inequality of Tyurin et al. (arXiv:2206.02275); w_i = 1/n is `AB` with c = 0. Derivations:
+    docs/derivations/weighted.md.
+    """
+
+    a: float
+    b: float
+    weights: tuple[float, ...]
+    evidence: Evidence = "proved"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.weights or min(self.weights) <= 0.0 or abs(math.fsum(self.weights) - 1.0) > 1e-9:
+            raise ValueError(f"weights={self.weights}: one for each client, positive, with the sum 1.")
+
+    def gamma(self, plus: float, pm: float) -> float:
+        """Gamma = (a - b) L_{+,w}^2 + b L_{±,w}^2, for weighted constants of the same weights.
+
+        (1/n) sum ||grad f_i(x) - grad f_i(y)||^2 / (n w_i) <= L_{+,w}^2 ||x - y||^2, and the same less
+        ||grad f(x) - grad f(y)||^2 for L_{±,w}.
+        """
+        return max(0.0, self.a - self.b) * plus**2 + self.b * pm**2
 
 
 @dataclass(frozen=True)
@@ -123,6 +162,31 @@ class StepSize:
 def independent(omega: float, n: int, source: str = "") -> AB:
     """Independent unbiased compressors with E||C(a) - a||^2 <= omega ||a||^2 have A = omega / n, B = 0."""
     return AB(omega / n, 0.0, source=source)
+
+
+def weighted_independent(omegas: Sequence[float], weights: Sequence[float] | None = None) -> WeightedAB:
+    """Independent unbiased compressors, one omega_i each: a = max omega_i w_i, b = 0.
+
+    The default weights, in proportion to 1/omega_i, have the least a: 1 / sum(1/omega_i).
+    """
+    if weights is None:
+        if not omegas or min(omegas) <= 0.0:
+            raise ValueError(f"omegas={tuple(omegas)}: the best weights need omega_i > 0; give weights.")
+        total = math.fsum(1.0 / omega for omega in omegas)
+        weights = [1.0 / (omega * total) for omega in omegas]
+    a = max(omega * w for omega, w in zip(omegas, weights, strict=True))
+    return WeightedAB(a, 0.0, tuple(weights), source="independent (docs/derivations/weighted.md)")
+
+
+def weighted_sampling(omega: float, weights: Sequence[float], draws: int) -> WeightedAB:
+    """(1/draws) sum_t C(a_i(t)) / (n w_i(t)), i(t) drawn with probabilities w, and with replacement.
+
+    a = (1 + omega) / draws, b = 1 / draws, where C has omega and is drawn anew each time.
+    """
+    if draws < 1:
+        raise ValueError(f"draws={draws}: at least one client is drawn.")
+    source = "sampled clients (docs/derivations/weighted.md)"
+    return WeightedAB((1.0 + omega) / draws, 1.0 / draws, tuple(weights), source=source)
 
 
 def step_size(L_minus: float, Gamma: float, p: float) -> float:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import composition
 import numpy as np
+import offset_laws
 import pointwise_laws
 import pytest
 import torch
@@ -36,6 +37,7 @@ from shoal.compressors import (
     Coded,
     Composed,
     Correlated,
+    CorrelatedOffset,
     Dense,
     Grid,
     Independent,
@@ -62,7 +64,7 @@ every = pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 # The laws of one client under a random rotation are in test_rotation.py; Coded decodes to the bits of its inner one.
 ALONE = [c for c in COMPRESSORS if not getattr(c, "numerical", False) and not isinstance(c, Coded | Rotated | Turned)]
 laws = pytest.mark.parametrize("compressor", ALONE, ids=repr)
-ROUNDING = [c for c in COMPRESSORS if isinstance(c, QSGD | Independent | Correlated | Grid)]
+ROUNDING = [c for c in COMPRESSORS if isinstance(c, QSGD | Independent | Correlated | CorrelatedOffset | Grid)]
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -76,6 +78,8 @@ def paper_bytes(c: Compressor, n: int, d: int) -> int:
     """Bytes of all n messages together, from the papers' formulas."""
     if isinstance(c, pointwise_laws.KINDS):
         return pointwise_laws.total_bytes(c, n, d)
+    if isinstance(c, CorrelatedOffset):
+        return offset_laws.total_bytes(c, n, d)
     k = kept(c.k, d, "") if isinstance(c, RandK | TopK) else 0
     if isinstance(c, Composed | Correlated | PerLayer | Scaled):
         return composition.paper_bytes(c, n, d, paper_bytes)
@@ -243,8 +247,10 @@ def overflows(c: Compressor, u: torch.Tensor) -> bool:
         return float(u.double().norm(dim=1).max()) * gain > torch.finfo(torch.float32).max
     gain = d / kept(c.k, d, "") if isinstance(c, RandK) else min(n, d) if isinstance(c, PermK) else 1.0
     gain = pointwise_laws.gain(c) if isinstance(c, pointwise_laws.KINDS) else gain
-    normed = isinstance(c, QSGD | Independent | NaturalDithering) or (isinstance(c, Correlated) and c.scale == "own")
-    most = float((u.double().norm(dim=1) if normed else u.double().abs().amax(1) * gain).max())
+    gain = offset_laws.gain(c, n) if isinstance(c, CorrelatedOffset) else gain
+    owns = isinstance(c, Correlated | CorrelatedOffset) and c.scale == "own"
+    normed = isinstance(c, QSGD | Independent | NaturalDithering) or owns
+    most = float((u.double().norm(dim=1) if normed else u.double().abs().amax(1)).max()) * gain
     return most > torch.finfo(torch.float32).max
 
 
@@ -474,7 +480,7 @@ def regimes(compressor: Compressor, family: str) -> list[tuple[int, int]]:
 
 def scales(c: Compressor, u: np.ndarray) -> np.ndarray:
     """(n, 1): the r_i of a compressor that rounds onto [-r_i, r_i]."""
-    if isinstance(c, Grid) or (isinstance(c, Correlated) and c.scale != "own"):
+    if isinstance(c, Grid) or (isinstance(c, Correlated | CorrelatedOffset) and c.scale != "own"):
         top = np.abs(u).max(1, keepdims=True)
         return np.full_like(top, top.max()) if c.agrees else top
     return np.linalg.norm(u, axis=1, keepdims=True)
@@ -492,6 +498,8 @@ def variance(c: Compressor, u: np.ndarray) -> np.ndarray:
     if isinstance(c, Composed | PerLayer) or (isinstance(c, Correlated) and c.blocks > 1):
         return composition.variance(c, u, variance)
     r = scales(c, u)
+    if isinstance(c, CorrelatedOffset):
+        return offset_laws.variance(c, u, r)
     if isinstance(c, Correlated):
         return composition.grid_variance(u, r, c.levels)
     if isinstance(c, Grid):

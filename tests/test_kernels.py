@@ -185,6 +185,24 @@ CASES |= {
 }
 
 
+def on_an_offset_grid(ops: ModuleType, v: Inputs) -> list[Tensor]:
+    out = []
+    for strata, levels, steps in ((2, 2, 1), (5, 2, 4), (5, 3, 9), (16, 16, 239), (1000, 2, 999)):
+        draw = np.random.default_rng(strata)
+        shifts = torch.from_numpy(draw.integers(0, strata, (1, v.d)).astype(np.int32))
+        offset = torch.from_numpy(draw.integers(0, 65536, v.d).astype(np.int32))
+        place = torch.arange(v.m) % strata
+        for r in (v.r, v.r * 0.75):
+            out.append(ops.encode_strata(v.u, r, v.private, v.tie, levels, strata, place, shifts, steps, offset))
+        with np.errstate(over="ignore"):
+            out.append(ops.decode_strata(v.codes(levels), v.r, strata, steps, offset))
+        out.append(ops.mean_strata(v.codes(levels), v.r, strata, steps, offset, 7))
+    return out
+
+
+CASES |= {name: on_an_offset_grid for name in ("encode_strata", "decode_strata", "mean_strata")}
+
+
 def test_every_kernel_has_a_case_and_a_twin():
     assert sorted(CASES) == sorted(reference.__all__)
     assert all(callable(getattr(cpu, name)) for name in reference.__all__)

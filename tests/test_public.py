@@ -15,15 +15,16 @@ from shoal.kernels import reference
 
 NAMES = {
     shoal: [
-        "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Coded", "Composed", "Correlated", "Dense",
-        "Diana", "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina", "MeanEstimate", "Natural",
+        "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Coded", "Composed", "Correlated",
+        "CorrelatedOffset", "Dense", "Diana", "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina",
+        "MeanEstimate", "Natural",
         "NaturalDithering", "PerLayer", "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError",
         "Sign", "Ternary", "TopK", "mean_estimation", "simulate",
     ],
     compressors: [
-        "QSGD", "Bernoulli", "Coded", "Composed", "Correlated", "Dense", "Drive", "Eden", "Grid", "Independent",
-        "LowRank", "Natural", "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled", "Sign",
-        "Ternary", "TopK",
+        "QSGD", "Bernoulli", "Coded", "Composed", "Correlated", "CorrelatedOffset", "Dense", "Drive", "Eden", "Grid",
+        "Independent", "LowRank", "Natural", "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled",
+        "Sign", "Ternary", "TopK",
     ],
     methods: ["DCGD", "EF21", "GD", "Diana", "Marina"],
     problems: ["Classification", "Quadratics", "measured_pm"],

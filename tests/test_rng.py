@@ -102,6 +102,7 @@ STREAMS = {
     "Grid.levels", "Grid.ties", "Independent.bits", "Independent.ties", "Marina.coin", "PermK.coordinates",
     "PermK.owners", "QSGD.levels", "QSGD.ties", "RandK.support", "Rotation.signs",
 }  # fmt: skip
+STREAMS |= {f"CorrelatedOffset.{name}" for name in ("bits", "offsets", "places", "shifts", "ties")}
 STREAMS |= {"Bernoulli.coin", "Natural.bits", "NaturalDithering.levels", "Ternary.levels", "Ternary.ties"}
 
 

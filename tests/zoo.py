@@ -22,6 +22,7 @@ from shoal.compressors import (
     Coded,
     Composed,
     Correlated,
+    CorrelatedOffset,
     Dense,
     Drive,
     Eden,
@@ -88,6 +89,7 @@ COMPRESSORS: list[Compressor] = [
     Eden(3, rounds=3),
 ]
 COMPRESSORS += [Bernoulli(0.6), Sign(), Ternary(), Natural(), NaturalDithering(1), NaturalDithering(3)]
+COMPRESSORS += [CorrelatedOffset(), CorrelatedOffset("even"), CorrelatedOffset("random", "own", 4)]
 COMPRESSORS += [Independent(3), Independent(4), Independent(7)]
 COMPRESSORS += [Coded(QSGD(1)), Coded(Correlated("own", levels=3)), Eden(1.5), LowRank()]
 SHAPES = [(5, 12), (5, 7), (4, 130), (3, 8), (6, 3), (7, 3), (5, 1), (1, 9), (1, 1), (2, 2)]

@@ -20,6 +20,7 @@ from torch import Tensor
 from shoal import kernels, rng
 from shoal.compressors.blocks import alike, cut, ranges
 from shoal.compressors.dither import QSGD, checked_scale, read_scale
+from shoal.compressors.strata import strata_error, supremum_max, supremum_norm
 from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, Vector, as_bytes, checked_rows
 from shoal.errors import ConfigError, PayloadError
 from shoal.theory import AB
@@ -46,7 +47,7 @@ def grid_omega(d: int, levels: int) -> float:
 
 @dataclass(frozen=True)
 class Correlated(Compressor):
-    """CQ: one bit or a few a coordinate, with rounding errors that cancel where clients agree.
+    """CQ: one bit or a few a coordinate, errors cancel where clients agree (odd levels: correlated QSGD).
 
     u_ij becomes r_i if U_ij < (u_ij + r_i) / (2 r_i), else -r_i, with U_ij = (place_ij + v_ij) / n, v_ij private
     and uniform on [0, 1), place_ij = (pi(i) + s_j) mod n for one shared permutation pi of the cohort a round and one
@@ -61,6 +62,8 @@ class Correlated(Compressor):
     of the m; an own scale is that of the block.
     Wire: r_i as float32 unless shared, then ceil(log2 k) = b bits a coordinate of the block, in the permutation's
     order. 8 ceil(b d/(8 sigma)) bits where sigma divides d, and 32 more for an own scale.
+
+    An odd number of levels, scale="own", is correlated QSGD with s = (k-1)/2: QSGD's grid and law for each client.
 
     References: arXiv:2203.04925, arXiv:2401.05518.
     """
@@ -155,6 +158,41 @@ class Correlated(Compressor):
         even = lam > 1.0 and all(s % 2 == 0 for s in strata)
         other = AB(lam, 1.0, c / lam, source=f"shared scale, even n ({source})") if even else None
         return AB(1.0, 1.0, c, source=f"shared scale: d R^2/n^2 + V ({source})", other=other)
+
+    def homogeneous(self, n: int, d: int) -> AB:
+        """E||(1/n) sum C_i(u) - u||^2 <= a ||u||^2 where all clients hold one u: the exact supremum for one block.
+
+        N = n (k-1). shared and max: (d-1)/N^2 for odd N, (sqrt(1 + 4(d-1)/N^2) - 1)/2 for even N. own:
+        `supremum_norm`, 2 sqrt(d)/N - 1 for even N and d >= N^2, about d/N^2 otherwise. Blocks: the mean over
+        coordinates of their groups' (exact for a shared scale and equal sizes, else a bound).
+        """
+        self.check(n, d)
+        a = 0.0
+        for m, b in zip(cut(n, self.blocks)[1], cut(d, self.blocks)[1], strict=True):
+            strata, size = int(m) * (self.levels - 1), d if self.agrees else int(b)
+            a += int(b) / d * (supremum_norm if self.scale == "own" else supremum_max)(size, strata)
+        return AB(a, 0.0, evidence="homogeneous", source="equal inputs (docs/derivations/strata.md)")
+
+    def present(self, n: int, d: int, m: int) -> AB:
+        """Of the mean over the m clients that arrived of n expected, against these clients' mean.
+
+        Whichever they are, as long as that does not depend on the round's random numbers. shared: a = b = 1,
+        c = d (n-m+1) / (n m (k-1)^2). own, max: A = omega/m, B = 0; own also b = 1 + omega/(n-1),
+        a - b = omega (n-m)/(m (n-1)) + d (m-1)/(m n (n-1) (k-1)^2). Blocks have none: raises ConfigError.
+        """
+        if self.blocks > 1:
+            raise ConfigError(f"{self!r}: constants for absent clients are stated for one block alone; take blocks=1.")
+        if not 1 <= m <= n:
+            raise ConfigError(f"{self!r}: m={m} clients of n={n} arrived; m is in 1..{n}.")
+        source, cells = "absent clients (docs/derivations/strata.md)", d / (self.levels - 1.0) ** 2
+        if self.scale == "shared":
+            return AB(1.0, 1.0, cells * (n - m + 1) / (n * m), source=source)
+        omega, other = grid_omega(d, self.levels), None
+        if self.scale == "own" and n > 1:
+            b = 1.0 + omega / (n - 1)
+            gap = omega * (n - m) / (m * (n - 1)) + cells * (m - 1) / (m * n * (n - 1))
+            other = AB(b + gap, b, source=source)
+        return AB(omega / m, 0.0, source=source, other=other)
 
     @property
     def _bits(self) -> int:
@@ -295,21 +333,13 @@ def agree_locally(u: Rows, compressor: Compressor, rnd: Round) -> Round:
     return replace(rnd, agreed=float(compressor.prepare(u, rnd).max())) if compressor.agrees else rnd
 
 
-def exact_error(u: np.ndarray, r: np.ndarray, levels: int = 2) -> float:
-    """E||(1/n) sum_i C_i(u_i) - ubar||^2 of correlated rounding of u (n, d) onto `levels` points over [-r_i, r_i].
+def exact_error(u: np.ndarray, r: np.ndarray, levels: int = 2, strata: int | None = None) -> float:
+    """E||(1/m) sum_i C_i(u_i) - ubar||^2 of correlated rounding of u (m, d) onto `levels` points over [-r_i, r_i].
 
-    Exact for any inputs and scales, n >= 2, in O(n^2 d) (docs/derivations/correlated.md). With Delta_i the step,
-    y_ij = frac((u_ij + r_i) / Delta_i), c_ijs = clip(n y_ij - s, 0, 1) for strata s = 0..n-1 and f = frac(n y):
-
-        sum_j [ (1/n^3) sum_i Delta_i^2 f_ij (1 - f_ij)
-              + (1/(n (n-1))) sum_i Var_s(Delta_i c_ijs - (1/n) sum_k Delta_k c_kjs) ]
+    strata = n >= m: how many clients were expected, whichever m of them arrived (default: m, all of them). Exact for
+    any inputs and scales, in O(m n d): `strata_error`.
     """
     u, r = np.asarray(u, np.float64), np.asarray(r, np.float64)
-    n = len(u)
     step = 2.0 * r / (levels - 1)
     z = (u + r[:, None]) / np.where(step > 0, step, 1.0)[:, None]
-    y = z - np.floor(z)
-    f = n * y - np.floor(n * y)
-    agreement = (step[:, None] ** 2 * f * (1.0 - f)).sum() / n**3
-    c = np.clip(n * y[:, :, None] - np.arange(n), 0.0, 1.0) * step[:, None, None]  # client, coordinate, stratum
-    return float(agreement + (c - c.mean(0)).var(axis=2).sum() / (n * (n - 1)))
+    return strata_error(z, step, len(u) if strata is None else strata)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shoal import kernels
 from shoal.core import Compressor, Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats
+from shoal.errors import ConfigError
 from shoal.theory import AB
 
 
@@ -44,6 +45,16 @@ class PermK(Compressor):
         q, r = divmod(n, d)
         t = d * q * (d * (q - 1) + 2 * r) / (n * (n - 1))
         return AB((d - t) / n, 1.0 - t, source="PermK, d < n (docs/derivations/compressors.md)")
+
+    def present(self, n: int, d: int, m: int) -> AB:
+        """Of the mean over the m of n clients that arrived: A = (min(n, d) - t)/m, B = 1 - t, with equality.
+
+        t as in `ab`, 0 for d >= n: what the absent own is lost, and n - m of them cost (n/m - 1) M more.
+        """
+        ab = self.ab(n, d)
+        if not 1 <= m <= n:
+            raise ConfigError(f"PermK(): m={m} clients of n={n} arrived; m is in 1..{n}.")
+        return AB(ab.a * n / m, ab.b, source="PermK, absent clients (docs/derivations/strata.md)")
 
     def capacity(self, n: int, d: int) -> int:
         """4 ceil(d/n) bytes, or 4."""

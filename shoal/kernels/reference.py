@@ -22,12 +22,14 @@ __all__ = [
     "decode_levels",
     "decode_natural",
     "decode_natural_levels",
+    "decode_strata",
     "dots",
     "encode_bits",
     "encode_entropy",
     "encode_levels",
     "encode_natural",
     "encode_natural_levels",
+    "encode_strata",
     "gather",
     "hadamard",
     "halves",
@@ -38,6 +40,7 @@ __all__ = [
     "mean_levels",
     "mean_rows",
     "mean_sparse",
+    "mean_strata",
     "norms",
     "outer",
     "pack",
@@ -268,6 +271,49 @@ def decode_levels(code: Tensor, r: Tensor, levels: int) -> Tensor:
 def mean_levels(code: Tensor, r: Tensor, levels: int, cohort: int) -> Tensor:
     """(d,) float64: (1/cohort) sum_i of the grid values, from row 0 to row m-1."""
     return torch.from_numpy(_total(_grid(code, r, levels)) / cohort)
+
+
+# ------------------------------------------------------------------------------------------------ grids with an offset
+def encode_strata(
+    u: Tensor,
+    r: Tensor,
+    private: Draw,
+    tie: Draw,
+    levels: int,
+    strata: int,
+    place: Tensor,
+    shifts: Tensor,
+    steps: int,
+    offset: Tensor,
+) -> Tensor:
+    """(m, ceil(d b / 8)) uint8: each coordinate rounded to a neighbor on a grid of its own, for all rows the same.
+
+    `encode_levels` with `steps` strata in place of (levels - 1) strata over [-r, r], on points that start
+    offset_j 2^-16 strata below -r and are `strata` strata apart. offset (d,) is in 0..65535.
+    """
+    cell, frac = _cells(u, r, steps)
+    y = cell + steps * 32768 + offset.numpy().astype(np.int64)
+    spot = place.numpy().astype(np.int64)[:, None] + shifts.numpy().astype(np.int64)
+    whole = y // (strata * 65536)
+    t = y - whole * (strata * 65536) - (spot % strata) * 65536
+    up = _below(_halves(private, u.shape[1]), t, _words(tie, u.shape[1]), frac)
+    code = np.clip(whole + up, 0, levels - 1).astype(np.int64)
+    return pack(torch.from_numpy(code), (levels - 1).bit_length())
+
+
+def _points(code: Tensor, r: Tensor, strata: int, steps: int, offset: Tensor) -> np.ndarray:
+    at = code.numpy() * (strata * 65536) - offset.numpy().astype(np.int64) - steps * 32768
+    return r.numpy().astype(np.float64)[:, None] * at / (steps * 32768)
+
+
+def decode_strata(code: Tensor, r: Tensor, strata: int, steps: int, offset: Tensor) -> Tensor:
+    """(m, d) float32 of (m, d) unpacked codes: r_i (code strata 2^16 - offset_j - steps 2^15) / (steps 2^15)."""
+    return torch.from_numpy(_points(code, r, strata, steps, offset).astype(np.float32))
+
+
+def mean_strata(code: Tensor, r: Tensor, strata: int, steps: int, offset: Tensor, cohort: int) -> Tensor:
+    """(d,) float64: (1/cohort) sum_i of the grid values, from row 0 to row m-1."""
+    return torch.from_numpy(_total(_points(code, r, strata, steps, offset)) / cohort)
 
 
 # ------------------------------------------------------------------------------------------------ bit streams

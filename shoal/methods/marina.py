@@ -66,9 +66,8 @@ class Marina(Method):
         (ab, Gamma), s, p = self._constants(setting), setting.smoothness, self.resolved(setting).p or 1.0
         used = {"a": ab.a, "b": ab.b, "c": ab.c, "evidence": ab.evidence, "source": ab.source, "Gamma": Gamma, "p": p}
         used |= {"L_minus": s.minus, "L_plus": s.plus, "L_pm": s.pm, "L_max": s.max}
-        where = "docs/derivations/methods.md" + (
-            "" if ab.evidence == "proved" else f"; constants {ab.evidence}, not proved"
-        )
+        known = {"proved": "", "numerical": "; constants numerical, not proved", "homogeneous": "; for equal inputs"}
+        where = f"docs/derivations/methods.md{known[ab.evidence]}"
         evidence: Literal["proved", "numerical"] = "numerical" if ab.evidence == "numerical" else "proved"
         if setting.pl and s.mu is not None:
             gamma = step_size_pl(s.minus, Gamma, p, s.mu)

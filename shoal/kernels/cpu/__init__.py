@@ -23,6 +23,7 @@ from shoal.kernels.cpu.pointwise import (
 )
 from shoal.kernels.cpu.rotation import dots, hadamard, rademacher
 from shoal.kernels.cpu.sparse import gather, mean_sparse, scatter, topk
+from shoal.kernels.cpu.strata import decode_strata, encode_strata, mean_strata
 from shoal.kernels.cpu.sums import add_rows, maxes, mean_rows, norms, square_norm
 
 __all__ = reference.__all__
