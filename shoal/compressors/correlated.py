@@ -209,12 +209,12 @@ class Correlated(Compressor):
         if r is None:
             r = checked_scale(ops.norms(u) if self.scale == "own" else ops.maxes(u), rnd, rnd.cohort / strata)
         lot = rnd.fork(f"groups of {strata}") if self.blocks > 1 else rnd  # no number is drawn twice in a round
-        shifts = rng.below(lot.shared("Correlated.shifts"), d, strata)
+        shared = lot.shared("Correlated.shifts")
         private, ties = rnd.draw("Correlated.bits"), rnd.draw("Correlated.ties")
         if self.levels == 2:
-            code = ops.encode_bits(u, r, private, ties, strata, place, shifts)
-        else:
-            code = ops.encode_levels(u, r, private, ties, self.levels, strata, place, shifts)
+            return ops.encode_bits(u, r, private, ties, strata, place, shared, head)
+        shifts = rng.below(shared, d, strata)
+        code = ops.encode_levels(u, r, private, ties, self.levels, strata, place, shifts)
         return torch.cat([as_bytes(r[:, None]), code], 1) if head else code
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
@@ -231,7 +231,7 @@ class Correlated(Compressor):
             return ops.mean_sparse(values, part.coordinates, part.pointer, msgs.d, 1.0, rnd.cohort).float()
         code, r = self._read(msgs.checked(self.capacity(rnd.n, msgs.d)), msgs.d, rnd)
         if self.levels == 2:
-            return kernels.of(code).mean_bits(code, r, msgs.d, rnd.cohort).float()
+            return kernels.of(code).mean_bits(code, r, msgs.d, rnd.cohort)
         return kernels.of(code).mean_levels(code, r, self.levels, rnd.cohort).float()
 
     def _agreed(self, rnd: Round, m: int) -> Tensor:

@@ -81,9 +81,9 @@ class Independent(Unbiased):
         r = checked_scale(ops.norms(u), rnd)
         private, ties = rnd.draw("Independent.bits"), rnd.draw("Independent.ties")
         if self.levels == 2:  # encode_levels gives the same bytes, but more slowly
-            code = ops.encode_bits(u, r, private, ties, 1, torch.zeros(len(u), dtype=torch.int64), None)
-        else:
-            code = ops.encode_levels(u, r, private, ties, self.levels)
+            sent = ops.encode_bits(u, r, private, ties, 1, torch.zeros(len(u), dtype=torch.int64), None, head=True)
+            return Messages.of(sent, rnd, u.shape[1])
+        code = ops.encode_levels(u, r, private, ties, self.levels)
         return Messages.of(torch.cat([as_bytes(r[:, None]), code], 1), rnd, u.shape[1])
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ class Independent(Unbiased):
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
         code, r = self._read(msgs, rnd)
         if self.levels == 2:
-            return kernels.of(code).mean_bits(code, r, msgs.d, rnd.cohort).float()
+            return kernels.of(code).mean_bits(code, r, msgs.d, rnd.cohort)
         return kernels.of(code).mean_levels(code, r, self.levels, rnd.cohort).float()
 
 

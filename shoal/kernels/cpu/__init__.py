@@ -8,7 +8,7 @@ lock. No fastmath: results are defined bit for bit, whatever the number of threa
 from shoal.kernels import reference
 from shoal.kernels.cpu.bits import decode_bits, encode_bits, mean_bits
 from shoal.kernels.cpu.levels import decode_levels, encode_levels, mean_levels, pack, unpack
-from shoal.kernels.cpu.philox import halves, permutation, support, words
+from shoal.kernels.cpu.philox import below, halves, permutation, support, words
 from shoal.kernels.cpu.pointwise import (
     decode_natural,
     decode_natural_levels,
