@@ -20,7 +20,7 @@ from torch import Tensor
 from shoal import kernels, rng
 from shoal.compressors.blocks import alike, cut, ranges
 from shoal.compressors.dither import QSGD, checked_scale, read_scale
-from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, Vector, as_bytes, checked_rows
+from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, Vector, as_bytes, measured_rows
 from shoal.errors import ConfigError, PayloadError
 from shoal.theory import AB
 
@@ -175,19 +175,18 @@ class Correlated(Compressor):
 
     def prepare(self, u: Rows, rnd: Round) -> Tensor:
         """(m,) float32: max_j |u_ij|, exact."""
-        u = checked_rows(u, rnd, self._gain(rnd.cohort))
-        return kernels.of(u).maxes(u)
+        return measured_rows(u, rnd, self._gain(rnd.cohort))[1]
 
     def _gain(self, n: int) -> Callable[[int], float]:
         return lambda d: n / (n // min(n, self.blocks))  # of a client of the smallest group
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        u, d = checked_rows(u, rnd, self._gain(rnd.cohort)), u.shape[1]
+        (u, top), d = measured_rows(u, rnd, self._gain(rnd.cohort)), u.shape[1]
         self.check(rnd.cohort, d)
         ops, r = kernels.of(u), None
         if self.agrees:
             r = self._agreed(rnd, len(u))
-            if len(u) and float(ops.maxes(u).max()) > float(r[0]):
+            if len(u) and float(top.max()) > float(r[0]):
                 raise ConfigError(f"the agreed scale {float(r[0]):g} is smaller than an entry; agree on max |u_ij|.")
         if self.blocks == 1:
             place = self._places(rnd.slots, rnd)

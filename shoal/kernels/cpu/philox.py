@@ -139,7 +139,9 @@ def below(draw: Draw, d: int, n: int) -> Tensor:
 
 
 @njit(cache=True, nogil=True)
-def _permutation(out, w):
+def _permutation(out, slot, index, stream, k0, k1):
+    w = np.empty((out.size + 63) // 64 * 64, np.uint32)
+    fill_words(w, 0, slot, index, stream, k0, k1)
     for t in range(out.size):
         out[t] = t
     for t in range(out.size - 1, 0, -1):
@@ -149,7 +151,7 @@ def _permutation(out, w):
 
 def permutation(draw: Draw, d: int) -> Tensor:
     out = np.empty(d, np.int64)
-    _permutation(out, words(draw, d).numpy()[0])
+    _permutation(out, np.uint64(draw.slots[0].item()), *key(draw))
     return torch.from_numpy(out)
 
 
