@@ -248,7 +248,7 @@ def decode_bits(payload: Tensor, r: Tensor, d: int, out: Tensor | None = None) -
 
 
 def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int, out: Tensor | None = None) -> Tensor:
-    """(d,) float32, in `out` if given: (1/cohort) sum_i (±r_i), added in float64 from row 0 to row m-1, then rounded."""
+    """(d,) float32, in `out` if given: (1/cohort) sum_i (±r_i), in float64 from row 0 to row m-1, then rounded."""
     total = _total(_signs(payload, d) * r.numpy()[:, None].astype(np.float64))
     mean = torch.from_numpy((total / cohort).astype(np.float32))
     return mean if out is None else out.copy_(mean)

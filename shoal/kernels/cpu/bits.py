@@ -10,7 +10,7 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.lanes import MOST_STRATA, add_signs_64, bits_256, count_512, signs_64, strata_256
-from shoal.kernels.cpu.philox import TILE, fill_below, fill_halves, key, word
+from shoal.kernels.cpu.philox import TILE, copy, fill_below, fill_halves, key, word
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.draw import Draw
 from shoal.kernels.reference import LIFT, TINY
@@ -39,7 +39,7 @@ def pack_flags(flags, out):
 
 @njit(cache=True, nogil=True)
 def _settled(x, r, strata, spot, shift, at, private, tie, out):
-    """out = the bits of x, coordinates at, at + 1, ... (at most TILE), by the definition: what ties and ends ask for."""
+    """out = the bits of x, coordinates at, at + 1, ..., by the definition: for ties, and for rows out of the ordinary."""
     slot, index, stream, k0, k1 = private
     count, width = x.size, out.size
     h = np.empty((count + 127) // 128 * 128, np.int32)
@@ -79,7 +79,7 @@ def _row(x, r, strata, spot, shift, at, private, tie, out, pad, sent):
     if whole == x.size:
         return
     rest, end = x.size - whole, out[whole // 8 :]
-    pad[:rest] = x[whole:]
+    copy(x[whole:], pad)
     counter = np.uint64((at + whole) // 8)
     if strata == 1:
         tied = bits_256(pad, 0, s, sent, 0, counter, private)
@@ -88,7 +88,7 @@ def _row(x, r, strata, spot, shift, at, private, tie, out, pad, sent):
     if tied:
         _settled(x[whole:], r, strata, spot, shift[whole:], at + whole, private, tie, end)
         return
-    end[:] = sent[: end.size]
+    copy(sent[: end.size], end)
     if rest % 8:
         end[end.size - 1] &= np.uint8((1 << (rest % 8)) - 1)
 
@@ -102,7 +102,7 @@ def _encode_bits(u, r, out, start, slots, key, tie, strata, place, given, shared
     for at in range(lo, hi, WIDE):
         count = min(WIDE, hi - at)
         if strata > 1 and given.size:
-            shift[:count] = given[at : at + count]
+            copy(given[at : at + count], shift)
         elif strata > 1:
             fill_below(shift[: (count + 63) // 64 * 64], at // 64, shared, strata)
         for i in range(first, last):
@@ -194,7 +194,7 @@ def _mean_bits(payload, r, out, cohort, lo, hi):
 
 @njit(cache=True, nogil=True)
 def _factor(r, m, cohort):
-    """r / cohort if (r c) / cohort and c (r / cohort) are the same float32 for all sums c = -m, 2 - m, ..., m, else 0."""
+    """r / cohort if (r c) / cohort and c (r / cohort) are one float32 for all sums c = -m, 2 - m, ..., m; else 0."""
     factor = r / cohort
     for c in range(-m, m + 1, 2):
         if np.float32((r * c) / cohort) != np.float32(c * factor):
@@ -228,7 +228,7 @@ def _count_bits(payload, r, factor, cohort, out, lo, hi):
                 if count == 512:
                     count_512(payload[i], at // 8, counts)
                 else:
-                    pad[: end - at // 8] = payload[i, at // 8 : end]
+                    copy(payload[i, at // 8 : end], pad)
                     count_512(pad, 0, counts)
             if m > 255:
                 for j in range(512):

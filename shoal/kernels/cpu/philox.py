@@ -33,6 +33,13 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @njit(inline="always")
+def copy(values, out):
+    """out[:values.size] = values; the slice assignment itself compiles for seconds, error messages included."""
+    for j in range(values.size):
+        out[j] = values[j]
+
+
+@njit(inline="always")
 def fill_words(out, block, slot, index, stream, k0, k1):
     """out (64 b) uint32: the words of whole blocks of 64 coordinates, from `block` on."""
     draw = (slot, index, stream, k0, k1)
@@ -94,7 +101,7 @@ def _words(out, slots, index, stream, k0, k1, lo, hi):
         fill_words(out[i, lo:whole], lo // 64, slot, index, stream, k0, k1)
         if whole < hi:
             fill_words(tile, whole // 64, slot, index, stream, k0, k1)
-            out[i, whole:hi] = tile[: hi - whole]
+            copy(tile[: hi - whole], out[i, whole:])
 
 
 @njit(cache=True, nogil=True)
@@ -117,7 +124,7 @@ def _below(out, slots, index, stream, k0, k1, n, lo, hi):
         fill_below(out[i, lo:whole], lo // 64, draw, n)
         if whole < hi:
             fill_below(tile, whole // 64, draw, n)
-            out[i, whole:hi] = tile[: hi - whole]
+            copy(tile[: hi - whole], out[i, whole:])
 
 
 def words(draw: Draw, d: int) -> Tensor:
