@@ -39,7 +39,7 @@ def pack_flags(flags, out):
 
 @njit(cache=True, nogil=True)
 def _settled(x, r, strata, spot, shift, at, private, tie, out):
-    """out = the bits of x, coordinates at, at + 1, ..., by the definition: for ties, and for rows out of the ordinary."""
+    """out = the bits of x, coordinates at, at + 1, ..., by the definition: for ties, and for unusual rows."""
     slot, index, stream, k0, k1 = private
     count, width = x.size, out.size
     h = np.empty((count + 127) // 128 * 128, np.int32)
