@@ -291,17 +291,14 @@ def count_512(_, payload, byte, counts):
 
 
 # ------------------------------------------------------------------------------------------------ sums
-@intrinsic
-def add_squares_256(_, row, at, lanes):
-    """lanes[:16] float64: 16 times lanes += row[at:at+16]^2, row float32 or float64."""
-
+def _squared(row, lanes, steps):
     def build(context, b, signature, args):
         x = _at(context, b, signature.args[0], args[0], args[1])
         place, kind = _at(context, b, signature.args[2], args[2], _I64(0)), _vector(_F64, 8)
         single = signature.args[0].dtype == types.float32
         for half in range(2):
             total = _load(b, place, kind, 8 * half)
-            for k in range(16):
+            for k in range(steps):
                 v = _load(b, x, _vector(_F32 if single else _F64, 8), 16 * k + 8 * half)
                 v = b.fpext(v, kind) if single else v
                 total = b.fadd(total, b.fmul(v, v))
@@ -309,3 +306,15 @@ def add_squares_256(_, row, at, lanes):
         return context.get_dummy_value()
 
     return types.void(row, types.int64, lanes), build
+
+
+@intrinsic
+def add_squares_16(_, row, at, lanes):
+    """lanes[:16] float64 += row[at:at+16]^2, row float32 or float64."""
+    return _squared(row, lanes, 1)
+
+
+@intrinsic
+def add_squares_256(_, row, at, lanes):
+    """lanes[:16] float64: 16 times lanes += row[at:at+16]^2, row float32 or float64."""
+    return _squared(row, lanes, 16)

@@ -10,7 +10,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from shoal.kernels.cpu.lanes import add_squares_256
+from shoal.kernels.cpu.lanes import add_squares_16, add_squares_256
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.reference import LANES, SUM_BLOCK
 
@@ -28,12 +28,14 @@ def added_lanes(lanes):
 def square_sum(block):
     """sum_j block_j^2 in float64 of at most SUM_BLOCK coordinates: LANES partial sums, added from 0 to 15."""
     lanes = np.zeros(LANES)
-    whole = block.size // 256 * 256
-    for lo in range(0, whole, 256):
+    most, whole = block.size // 256 * 256, block.size // LANES * LANES
+    for lo in range(0, most, 256):
         add_squares_256(block, lo, lanes)
+    for lo in range(most, whole, LANES):
+        add_squares_16(block, lo, lanes)
     for j in range(whole, block.size):
         v = np.float64(block[j])
-        lanes[j % LANES] += v * v
+        lanes[j - whole] += v * v
     return added_lanes(lanes)
 
 
