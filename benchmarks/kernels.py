@@ -25,14 +25,14 @@ def calls() -> dict[str, Callable[[], Any]]:
     one, ops = rnd.rows(slice(0, 1)), kernels.of(u)
     private, ties = one.draw("bench.bits"), one.draw("bench.ties")
     r, place = ops.norms(u), torch.zeros(1, dtype=torch.int64)
-    shared, shifts = ops.maxes(u), rng.below(rnd.shared("bench.shifts"), D, ROWS)
+    largest, shared = ops.maxes(u), rnd.shared("bench.shifts")
     payload = ops.encode_bits(u, r, private, ties, 1, place, None)
     sixteen, scales = payload.expand(ROWS, -1).contiguous(), r.expand(ROWS).contiguous()
     codes = rng.below(private, D, 2**BITS).long()
     packed = ops.pack(codes, BITS)
     return {
         "encode_bits, strata 1": lambda: ops.encode_bits(u, r, private, ties, 1, place, None),
-        f"encode_bits, strata {ROWS}": lambda: ops.encode_bits(u, shared, private, ties, ROWS, place, shifts),
+        f"encode_bits, strata {ROWS}": lambda: ops.encode_bits(u, largest, private, ties, ROWS, place, shared),
         "decode_bits": lambda: ops.decode_bits(payload, r, D),
         f"mean_bits of {ROWS} rows": lambda: ops.mean_bits(sixteen, scales, D, ROWS),
         "encode_levels, 15": lambda: ops.encode_levels(u, r, private, ties, 15),

@@ -112,6 +112,8 @@ class Messages:
         The first line of every `decode`: no byte is read before its length is right.
         """
         wide = self.payload.shape[1]
+        if isinstance(lengths, int) and lengths <= wide and bool((self.nbytes == lengths).all()):
+            return self.payload if lengths == wide else self.payload[:, :lengths]
         expected = torch.as_tensor(lengths).expand(len(self.nbytes))
         if not torch.equal(self.nbytes, expected) or (len(expected) and wide < int(expected.max())):
             raise LengthError(
@@ -143,25 +145,40 @@ def finite_floats(b: Tensor, gain: float = 1.0) -> Tensor:
     return values
 
 
+def shaped_rows(u: Rows, rnd: Round) -> Rows:
+    """u itself (contiguous, detached), if it has the shape of rows. Raises ConfigError for a wrong shape or dtype."""
+    if u.ndim != 2 or u.dtype != torch.float32 or u.shape[0] != len(rnd.slots) or u.shape[1] == 0:
+        raise ConfigError(
+            f"compressing {tuple(u.shape)} {u.dtype} for {len(rnd.slots)} clients: rows are (m, d) float32 with d >= 1."
+        )
+    return u.detach().contiguous()
+
+
+def measured_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 1.0) -> tuple[Rows, Tensor]:
+    """u as `checked_rows` has it, and (m,) max_j |u_ij|, for whom that is more than a check."""
+    u = shaped_rows(u, rnd)
+    factor, top = gain(u.shape[1]), kernels.of(u).maxes(u)
+    if not within(top, factor):
+        bad = ~(top.double() * factor <= FLOAT_MAX)
+        at, value = int(rnd.clients[bad][0]), float(top[bad][0])
+        who = "the server" if at == int(rng.SERVER) else f"client {at}"
+        what = f"overflows float32 when scaled by {factor:g}" if value < float("inf") else "is not finite"
+        raise NonFiniteError(f"{who}, round {rnd.index}: an entry of magnitude {value:g} {what}.")
+    return u, top
+
+
+def within(r: Tensor, gain: float = 1.0) -> bool:
+    """Whether gain times each of these numbers is finite, in float32; a NaN is not. (One look at the largest.)"""
+    return not r.numel() or float(r.max()) * gain <= FLOAT_MAX
+
+
 def checked_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 1.0) -> Rows:
     """u itself (contiguous, detached), if it can be compressed: the first line of every `encode`.
 
     Raises ConfigError for a wrong shape or dtype, NonFiniteError for a NaN, an infinity, or a finite value that
     overflows float32 once multiplied by `gain(d)`. Names the client.
     """
-    if u.ndim != 2 or u.dtype != torch.float32 or u.shape[0] != len(rnd.slots) or u.shape[1] == 0:
-        raise ConfigError(
-            f"compressing {tuple(u.shape)} {u.dtype} for {len(rnd.slots)} clients: rows are (m, d) float32 with d >= 1."
-        )
-    u, factor = u.detach().contiguous(), gain(u.shape[1])
-    top = kernels.of(u).maxes(u)
-    bad = ~(top.double() * factor <= FLOAT_MAX)
-    if bool(bad.any()):
-        at, value = int(rnd.clients[bad][0]), float(top[bad][0])
-        who = "the server" if at == int(rng.SERVER) else f"client {at}"
-        what = f"overflows float32 when scaled by {factor:g}" if value < float("inf") else "is not finite"
-        raise NonFiniteError(f"{who}, round {rnd.index}: an entry of magnitude {value:g} {what}.")
-    return u
+    return measured_rows(u, rnd, gain)[0]
 
 
 # ------------------------------------------------------------------------------------------------ compressors

@@ -64,4 +64,4 @@ def support(draw: Draw, d: int, k: int) -> Tensor:
 
 def below(draw: Draw, d: int, n: int) -> Tensor:
     """(m, d) int32, uniform on 0..n-1 (floor(word n / 2^32): each probability is off by less than 2^-32)."""
-    return ((words(draw, d).to(torch.int64) * n) >> 32).to(torch.int32)
+    return kernels.of(draw.slots).below(draw, d, n)

@@ -46,6 +46,7 @@ class Inputs:
         self.r = reference.maxes(self.u)
         self.slots = torch.from_numpy(self.rng.choice(2**32, m, replace=False))
         self.private, self.tie = Draw(self.slots, 2**31 + 5, 77, 2**63 + 9), Draw(self.slots, 2**31 + 5, 78, 2**63 + 9)
+        self.shared = Draw(torch.tensor([2**32 - 1]), 2**31 + 5, 79, 2**63 + 9)
         self.bytes = torch.from_numpy(self.rng.integers(0, 256, (m, (d + 7) // 8), np.uint8))
 
     def codes(self, levels: int) -> Tensor:
@@ -77,6 +78,7 @@ def rounded(ops: ModuleType, v: Inputs) -> list[Tensor]:
             place = torch.arange(v.m) % strata
             shifts = torch.from_numpy(np.random.default_rng(strata).integers(0, strata, (1, v.d)).astype(np.int32))
             out.append(ops.encode_bits(v.u, r, v.private, v.tie, strata, place, shifts))
+            out.append(ops.encode_bits(v.u, r, v.private, v.tie, strata, place, v.shared, head=strata == 5))
             out.append(ops.encode_bits(v.u, r, v.private, v.tie, strata, place, None))
     return out
 
@@ -135,6 +137,7 @@ CASES: dict[str, Callable[[ModuleType, Inputs], object]] = {
 }
 
 CASES |= {
+    "below": lambda ops, v: [ops.below(v.private, v.d, n) for n in (1, 2, 16, 2**31 - 1)],
     "decode_natural_levels": lambda ops, v: [
         ops.decode_natural_levels(v.codes(2 * s + 1), v.r, s) for s in (1, 2, 7, 127)
     ],
@@ -233,14 +236,14 @@ def test_ties_of_bits_are_settled_alike(strata):
     """Every coordinate is made to tie with its half (counted), so every bit comes from the second word."""
     v = Inputs(3, 2500, 1.0)
     place = torch.arange(3) % strata
-    shifts = torch.from_numpy(v.rng.integers(0, strata, (1, 2500)).astype(np.int32))
+    shifts = reference.below(v.shared, 2500, strata)
     at = ((place[:, None] + shifts.long()) % strata).numpy()
     h, r = reference.halves(v.private, 2500).numpy(), torch.ones(3)
     u = on_the_border(h, strata, at, v.rng)
     cell, fraction = reference._cells(u, r, strata)
     ties = (cell + strata * 32768 - at * 65536 == h).mean()
     assert ties > 0.99, "the vectors miss the border"
-    arguments = (u, r, v.private, v.tie, strata, place, shifts)
+    arguments = (u, r, v.private, v.tie, strata, place, v.shared)
     same(reference.encode_bits(*arguments), cpu.encode_bits(*arguments))
     bits = reference.unpack(reference.encode_bits(*arguments), 2500, 1).numpy()
     second = (reference.words(v.tie, 2500).numpy() >> 8) * 2.0**-24
@@ -326,7 +329,7 @@ def test_sums_run_from_row_to_row(ops):
 @pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
 def test_means_of_codes_are_means_of_rows(ops):
     v = Inputs(4, 130, 1.0)
-    same(ops.mean_bits(v.bytes, v.r, 130, 9), ops.mean_rows(ops.decode_bits(v.bytes, v.r, 130), 9))
+    same(ops.mean_bits(v.bytes, v.r, 130, 9), ops.mean_rows(ops.decode_bits(v.bytes, v.r, 130), 9).float())
     values, index, pointer, _ = v.blocks()
     # A power of two scales exactly, so that scaling the sum is scaling the rows.
     rows = ops.scatter(values, index, pointer, 130, 4.0)
@@ -356,9 +359,9 @@ def test_equal_bytes_on_any_floats(data):
     u = torch.tensor([data.draw(st.lists(finite, min_size=d, max_size=d)) for _ in range(2)])
     r, slots = reference.maxes(u), torch.tensor([0, 1])
     private = Draw(slots, 0, 1, data.draw(st.integers(0, 2**64 - 1)))
-    tie, shifts = private._replace(stream=2), torch.zeros(1, d, dtype=torch.int32)
+    tie = private._replace(stream=2)
     for strata in (1, 3):
-        arguments = (u, r, private, tie, strata, slots, shifts)
+        arguments = (u, r, private, tie, strata, slots, private._replace(slots=slots[:1], stream=3))
         same(reference.encode_bits(*arguments), cpu.encode_bits(*arguments))
     same(reference.encode_levels(u, r, private, tie, 7), cpu.encode_levels(u, r, private, tie, 7))
     same(reference.topk(u, (d + 1) // 2), cpu.topk(u, (d + 1) // 2))

@@ -21,7 +21,7 @@ from shoal import kernels, rng
 from shoal.compressors.blocks import alike, cut, ranges
 from shoal.compressors.dither import QSGD, checked_scale, read_scale
 from shoal.compressors.strata import strata_error, supremum_max, supremum_norm
-from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, Vector, as_bytes, checked_rows
+from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, Vector, as_bytes, measured_rows
 from shoal.errors import ConfigError, PayloadError
 from shoal.theory import AB
 
@@ -213,19 +213,18 @@ class Correlated(Compressor):
 
     def prepare(self, u: Rows, rnd: Round) -> Tensor:
         """(m,) float32: max_j |u_ij|, exact."""
-        u = checked_rows(u, rnd, self._gain(rnd.cohort))
-        return kernels.of(u).maxes(u)
+        return measured_rows(u, rnd, self._gain(rnd.cohort))[1]
 
     def _gain(self, n: int) -> Callable[[int], float]:
         return lambda d: n / (n // min(n, self.blocks))  # of a client of the smallest group
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        u, d = checked_rows(u, rnd, self._gain(rnd.cohort)), u.shape[1]
+        (u, top), d = measured_rows(u, rnd, self._gain(rnd.cohort)), u.shape[1]
         self.check(rnd.cohort, d)
         ops, r = kernels.of(u), None
         if self.agrees:
             r = self._agreed(rnd, len(u))
-            if len(u) and float(ops.maxes(u).max()) > float(r[0]):
+            if len(u) and float(top.max()) > float(r[0]):
                 raise ConfigError(f"the agreed scale {float(r[0]):g} is smaller than an entry; agree on max |u_ij|.")
         if self.blocks == 1:
             place = self._places(rnd.slots, rnd)
@@ -247,12 +246,12 @@ class Correlated(Compressor):
         if r is None:
             r = checked_scale(ops.norms(u) if self.scale == "own" else ops.maxes(u), rnd, rnd.cohort / strata)
         lot = rnd.fork(f"groups of {strata}") if self.blocks > 1 else rnd  # no number is drawn twice in a round
-        shifts = rng.below(lot.shared("Correlated.shifts"), d, strata)
+        shared = lot.shared("Correlated.shifts")
         private, ties = rnd.draw("Correlated.bits"), rnd.draw("Correlated.ties")
         if self.levels == 2:
-            code = ops.encode_bits(u, r, private, ties, strata, place, shifts)
-        else:
-            code = ops.encode_levels(u, r, private, ties, self.levels, strata, place, shifts)
+            return ops.encode_bits(u, r, private, ties, strata, place, shared, head)
+        shifts = rng.below(shared, d, strata)
+        code = ops.encode_levels(u, r, private, ties, self.levels, strata, place, shifts)
         return torch.cat([as_bytes(r[:, None]), code], 1) if head else code
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
@@ -269,7 +268,7 @@ class Correlated(Compressor):
             return ops.mean_sparse(values, part.coordinates, part.pointer, msgs.d, 1.0, rnd.cohort).float()
         code, r = self._read(msgs.checked(self.capacity(rnd.n, msgs.d)), msgs.d, rnd)
         if self.levels == 2:
-            return kernels.of(code).mean_bits(code, r, msgs.d, rnd.cohort).float()
+            return kernels.of(code).mean_bits(code, r, msgs.d, rnd.cohort)
         return kernels.of(code).mean_levels(code, r, self.levels, rnd.cohort).float()
 
     def _agreed(self, rnd: Round, m: int) -> Tensor:

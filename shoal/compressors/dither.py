@@ -16,22 +16,43 @@ import torch
 from torch import Tensor
 
 from shoal import kernels
-from shoal.core import FLOAT_MAX, Messages, Round, Rows, Unbiased, Vector, as_bytes, as_floats, checked_rows
+from shoal.core import (
+    FLOAT_MAX,
+    Messages,
+    Round,
+    Rows,
+    Unbiased,
+    Vector,
+    as_bytes,
+    as_floats,
+    checked_rows,
+    shaped_rows,
+    within,
+)
 from shoal.errors import ConfigError, NonFiniteError, PayloadError
 
 
 def checked_scale(r: Tensor, rnd: Round, gain: float = 1.0) -> Tensor:
     """r, if gain r is finite: the norm of finite rows can overflow. Raises NonFiniteError naming the client."""
-    bad = ~(r.double() * gain <= FLOAT_MAX)
-    if bool(bad.any()):
+    if not within(r, gain):
+        bad = ~(r.double() * gain <= FLOAT_MAX)
         raise NonFiniteError(f"client {int(rnd.clients[bad][0])}, round {rnd.index}: the norm overflows float32.")
     return r
+
+
+def normed_rows(u: Rows, rnd: Round, gain: float = 1.0) -> tuple[Rows, Tensor]:
+    """(u, (m,) norms), checked. Where a norm is finite so are the entries: only other rows need a second look."""
+    u = shaped_rows(u, rnd)
+    r = kernels.of(u).norms(u)
+    if not within(r, gain):
+        checked_rows(u, rnd)
+    return u, checked_scale(r, rnd, gain)
 
 
 def read_scale(payload: Tensor, gain: float = 1.0) -> Tensor:
     """(m,) float32 of the first four bytes. Raises PayloadError unless it is not negative, and gain times it finite."""
     r = as_floats(payload[:, :4])[:, 0]
-    if not bool(((r.double() * gain <= FLOAT_MAX) & (r >= 0)).all()):
+    if not (within(r, gain) and (not r.numel() or float(r.min()) >= 0)):
         raise PayloadError("a scale is not a finite number >= 0.")
     return r
 
@@ -77,13 +98,13 @@ class Independent(Unbiased):
         return 4 + (d * self._bits + 7) // 8
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        u, ops = checked_rows(u, rnd), kernels.of(u)
-        r = checked_scale(ops.norms(u), rnd)
+        u, r = normed_rows(u, rnd)
+        ops = kernels.of(u)
         private, ties = rnd.draw("Independent.bits"), rnd.draw("Independent.ties")
         if self.levels == 2:  # encode_levels gives the same bytes, but more slowly
-            code = ops.encode_bits(u, r, private, ties, 1, torch.zeros(len(u), dtype=torch.int64), None)
-        else:
-            code = ops.encode_levels(u, r, private, ties, self.levels)
+            sent = ops.encode_bits(u, r, private, ties, 1, torch.zeros(len(u), dtype=torch.int64), None, head=True)
+            return Messages.of(sent, rnd, u.shape[1])
+        code = ops.encode_levels(u, r, private, ties, self.levels)
         return Messages.of(torch.cat([as_bytes(r[:, None]), code], 1), rnd, u.shape[1])
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor]:
@@ -103,7 +124,7 @@ class Independent(Unbiased):
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
         code, r = self._read(msgs, rnd)
         if self.levels == 2:
-            return kernels.of(code).mean_bits(code, r, msgs.d, rnd.cohort).float()
+            return kernels.of(code).mean_bits(code, r, msgs.d, rnd.cohort)
         return kernels.of(code).mean_levels(code, r, self.levels, rnd.cohort).float()
 
 

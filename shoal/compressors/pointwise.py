@@ -116,7 +116,7 @@ class Sign(Compressor):
 
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
         payload = msgs.checked(self.capacity(rnd.n, msgs.d))
-        return kernels.of(payload).mean_bits(payload[:, 4:], read_scale(payload), msgs.d, rnd.cohort).float()
+        return kernels.of(payload).mean_bits(payload[:, 4:], read_scale(payload), msgs.d, rnd.cohort)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from shoal.kernels.draw import Draw
 
 __all__ = [
     "add_rows",
+    "below",
     "decode_bits",
     "decode_entropy",
     "decode_levels",
@@ -57,7 +58,8 @@ __all__ = [
     "words",
 ]
 
-LANES = 16  # partial sums of a row: lane l takes coordinates l, l + 16, ...; the lanes are then added from 0 to 15
+LANES = 16  # partial sums of a block: lane l takes coordinates l, l + 16, ...; the lanes are then added from 0 to 15
+SUM_BLOCK = 1 << 16  # coordinates of a block: what threads share; the blocks' sums are then added in order
 TINY = np.float32(2.0**-80)  # below this scale a row is multiplied by LIFT first, so that no quotient overflows
 LIFT = np.float32(2.0**60)
 
@@ -108,6 +110,15 @@ def halves(draw: Draw, d: int) -> Tensor:
     return torch.from_numpy(_halves(draw, d))
 
 
+def _below_n(draw: Draw, d: int, n: int) -> np.ndarray:
+    return (_words(draw, d).astype(np.uint64) * np.uint64(n) >> np.uint64(32)).astype(np.int32)
+
+
+def below(draw: Draw, d: int, n: int) -> Tensor:
+    """(m, d) int32, uniform on 0..n-1, n < 2^31: floor(word n / 2^32), each probability off by less than 2^-32."""
+    return torch.from_numpy(_below_n(draw, d, n))
+
+
 def permutation(draw: Draw, d: int) -> Tensor:
     """(d,) int64: Fisher-Yates from the top, j = floor(word_t (t+1) / 2^32), each draw off by < 2^-32."""
     w = _words(draw, d)[0].astype(np.uint64)
@@ -132,12 +143,17 @@ def support(draw: Draw, d: int, k: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------ sums and scales
-def _lane_sums(squares: np.ndarray) -> np.ndarray:
-    m, d = squares.shape
-    padded = np.zeros((m, -(-d // LANES) * LANES))
-    padded[:, :d] = squares
-    lanes = np.add.accumulate(padded.reshape(m, -1, LANES), axis=1)[:, -1]
-    return np.add.accumulate(lanes, axis=1)[:, -1]
+def _lane_sums(terms: np.ndarray) -> np.ndarray:
+    """(m,): blocks of SUM_BLOCK coordinates, each summed in its lanes, and the blocks' sums added in order."""
+    m, d = terms.shape
+    blocks = []
+    for lo in range(0, d, SUM_BLOCK):
+        part = terms[:, lo : lo + SUM_BLOCK]
+        padded = np.zeros((m, -(-part.shape[1] // LANES) * LANES))
+        padded[:, : part.shape[1]] = part
+        lanes = np.add.accumulate(padded.reshape(m, -1, LANES), axis=1)[:, -1]
+        blocks.append(np.add.accumulate(lanes, axis=1)[:, -1])
+    return np.add.accumulate(np.stack(blocks, 1), axis=1)[:, -1]
 
 
 def norms(u: Tensor) -> Tensor:
@@ -203,33 +219,48 @@ def _below(h: np.ndarray, t: np.ndarray, tie: np.ndarray, frac: np.ndarray) -> n
 
 
 def encode_bits(
-    u: Tensor, r: Tensor, private: Draw, tie: Draw, strata: int, place: Tensor, shifts: Tensor | None
+    u: Tensor,
+    r: Tensor,
+    private: Draw,
+    tie: Draw,
+    strata: int,
+    place: Tensor,
+    shifts: Tensor | Draw | None,
+    head: bool = False,
 ) -> Tensor:
-    """(m, ceil(d/8)) uint8, least significant bit first: bit = [U < y], y = (u + r) / (2 r).
+    """(m, ceil(d/8)) uint8, least significant bit first: bit = [U < y], y = (u + r) / (2 r), |u| <= 2 r at most.
 
     U_ij = (place_ij + u_ij) / strata with place_ij = (place_i + shifts_j) mod strata and u_ij private, uniform on
     [0, 1) with 40 bits. strata = 1 is independent rounding. A row with r = 0 gives fair bits.
+    A draw stands for below(shifts, d, strata), which a kernel may draw piece by piece. With `head` a row starts with
+    r_i, little-endian.
     """
     d = u.shape[1]
     cell, frac = _cells(u, r, strata)
+    shifts = torch.from_numpy(_below_n(shifts, d, strata)) if isinstance(shifts, Draw) else shifts
     spot = place.numpy().astype(np.int64)[:, None] + (0 if shifts is None else shifts.numpy().astype(np.int64))
     t = cell + strata * 32768 - (spot % strata) * 65536
     bits = _below(_halves(private, d), t, _words(tie, d), frac)
-    return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little"))
+    code = np.packbits(bits, axis=1, bitorder="little")
+    scale = r.numpy().astype("<f4").view(np.uint8).reshape(-1, 4)
+    return torch.from_numpy(np.hstack([scale, code]) if head else code)
 
 
 def _signs(payload: Tensor, d: int) -> np.ndarray:
     return 2.0 * np.unpackbits(payload.numpy(), axis=1, count=d, bitorder="little") - 1.0
 
 
-def decode_bits(payload: Tensor, r: Tensor, d: int) -> Tensor:
-    """(m, d) float32: r_i where the bit is set, -r_i where not."""
-    return torch.from_numpy((_signs(payload, d) * r.numpy()[:, None]).astype(np.float32))
+def decode_bits(payload: Tensor, r: Tensor, d: int, out: Tensor | None = None) -> Tensor:
+    """(m, d) float32, in `out` if given: r_i where the bit is set, -r_i where not."""
+    values = torch.from_numpy((_signs(payload, d) * r.numpy()[:, None]).astype(np.float32))
+    return values if out is None else out.copy_(values)
 
 
-def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int) -> Tensor:
-    """(d,) float64: (1/cohort) sum_i (±r_i), from row 0 to row m-1."""
-    return torch.from_numpy(_total(_signs(payload, d) * r.numpy()[:, None].astype(np.float64)) / cohort)
+def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int, out: Tensor | None = None) -> Tensor:
+    """(d,) float32, in `out` if given: (1/cohort) sum_i (±r_i), in float64 from row 0 to row m-1, then rounded."""
+    total = _total(_signs(payload, d) * r.numpy()[:, None].astype(np.float64))
+    mean = torch.from_numpy((total / cohort).astype(np.float32))
+    return mean if out is None else out.copy_(mean)
 
 
 def encode_levels(

@@ -10,7 +10,7 @@ from shoal.kernels.cpu.bits import decode_bits, encode_bits, mean_bits
 from shoal.kernels.cpu.entropy import decode_entropy, encode_entropy
 from shoal.kernels.cpu.levels import decode_levels, encode_levels, mean_levels, pack, unpack
 from shoal.kernels.cpu.lowrank import low_rank, outer
-from shoal.kernels.cpu.philox import halves, permutation, support, words
+from shoal.kernels.cpu.philox import below, halves, permutation, support, words
 from shoal.kernels.cpu.pointwise import (
     decode_natural,
     decode_natural_levels,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from shoal.kernels.cpu.philox import TILE, fill_halves, key, word
+from shoal.kernels.cpu.lanes import MOST_STRATA, add_signs_64, bits_256, count_512, signs_64, strata_256
+from shoal.kernels.cpu.philox import TILE, copy, fill_below, fill_halves, key, word
+from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.draw import Draw
 from shoal.kernels.reference import LIFT, TINY
 
 V = np.float32(2.0**-24)
+WIDE = 4 * TILE  # coordinates that share a pass of shifts: 16 KiB, and a row's turn costs as much as some hundred bits
 _MAGIC, _TOP = np.uint64(0x0102040810204080), np.uint64(56)
 
 
@@ -33,126 +38,216 @@ def pack_flags(flags, out):
 
 
 @njit(cache=True, nogil=True)
-def _encode_bits(u, r, out, slots, index, stream, tie, k0, k1, strata, place, shifts):
-    m, d = u.shape
-    h = np.empty(TILE, np.int32)
-    flags = np.zeros(TILE, np.uint8)
-    for i in range(m):
-        slot = np.uint64(slots[i])
-        lift, s = cell_scale(r[i], strata)
-        base, spot = strata * 32768, np.int64(place[i])
-        for lo in range(0, d, TILE):
-            count = min(TILE, d - lo)
-            fill_halves(h[: (count + 127) // 128 * 128], lo // 128, slot, index, stream, k0, k1)
-            x = u[i, lo : lo + count]
-            ties = 0
-            if strata == 1:
-                for j in range(count):
-                    t = np.int64(np.floor((x[j] * lift) * s)) + 32768
-                    flags[j] = h[j] < t
-                    ties += h[j] == t
-            else:
-                shift = shifts[lo : lo + count]
-                for j in range(count):
-                    p = spot + np.int64(shift[j])
-                    p = p - strata if p >= strata else p
-                    t = np.int64(np.floor((x[j] * lift) * s)) + (base - (p << 16))
-                    flags[j] = h[j] < t
-                    ties += h[j] == t
-            if ties:
-                for j in range(count):
-                    p = 0 if strata == 1 else (spot + np.int64(shifts[lo + j])) % strata
-                    z = (x[j] * lift) * s
-                    cell = np.floor(z)
-                    if h[j] == np.int64(cell) + (base - (p << 16)):
-                        v = np.float32(word(lo + j, slot, index, tie, k0, k1) >> np.uint64(8)) * V
-                        flags[j] = v < z - cell
-            flags[count : (count + 7) // 8 * 8] = 0
-            pack_flags(flags[: (count + 7) // 8 * 8], out[i, lo // 8 : (lo + count + 7) // 8])
+def _settled(x, r, strata, spot, shift, at, private, tie, out):
+    """out = the bits of x, coordinates at, at + 1, ..., by the definition: for ties, and for unusual rows."""
+    slot, index, stream, k0, k1 = private
+    count, width = x.size, out.size
+    h = np.empty((count + 127) // 128 * 128, np.int32)
+    flags = np.zeros(8 * width, np.uint8)
+    fill_halves(h, at // 128, slot, index, stream, k0, k1)
+    lift, s = cell_scale(r, strata)
+    base = strata * 32768
+    for j in range(count):
+        p = (spot + np.int64(shift[j])) % strata if strata > 1 else np.int64(0)
+        z = (x[j] * lift) * s
+        cell = np.floor(z)
+        t = np.int64(cell) + (base - (p << 16))
+        flags[j] = h[j] < t
+        if h[j] == t:
+            v = np.float32(word(at + j, slot, index, tie, k0, k1) >> np.uint64(8)) * V
+            flags[j] = v < z - cell
+    pack_flags(flags, out)
 
 
-NO_SHIFTS = np.zeros(0, np.int32)
+@njit(cache=True, nogil=True)
+def _row(x, r, strata, spot, shift, at, private, tie, out, pad, sent):
+    """The bits of one row's coordinates at, ..., at + x.size - 1 (a tile, or its beginning)."""
+    lift, s = cell_scale(r, strata)
+    if lift != np.float32(1) or strata > MOST_STRATA:
+        _settled(x, r, strata, spot, shift, at, private, tie, out)
+        return
+    whole = x.size // 256 * 256
+    place, n = np.int32(spot), np.int32(strata)
+    for j in range(0, whole, 256):
+        counter = np.uint64((at + j) // 8)
+        if strata == 1:
+            tied = bits_256(x, j, s, out, j // 8, counter, private)
+        else:
+            tied = strata_256(x, j, s, out, j // 8, counter, private, shift, j, place, n)
+        if tied:
+            _settled(x[j : j + 256], r, strata, spot, shift[j:], at + j, private, tie, out[j // 8 : j // 8 + 32])
+    if whole == x.size:
+        return
+    rest, end = x.size - whole, out[whole // 8 :]
+    copy(x[whole:], pad)
+    counter = np.uint64((at + whole) // 8)
+    if strata == 1:
+        tied = bits_256(pad, 0, s, sent, 0, counter, private)
+    else:
+        tied = strata_256(pad, 0, s, sent, 0, counter, private, shift, whole, place, n)
+    if tied:
+        _settled(x[whole:], r, strata, spot, shift[whole:], at + whole, private, tie, end)
+        return
+    copy(sent[: end.size], end)
+    if rest % 8:
+        end[end.size - 1] &= np.uint8((1 << (rest % 8)) - 1)
+
+
+@njit(cache=True, nogil=True)
+def _encode_bits(u, r, out, start, slots, key, tie, strata, place, given, shared, lo, hi, first, last):
+    """Rows first..last-1, coordinates lo..hi-1. Tile by tile, so that shared shifts are drawn once for all rows."""
+    index, stream, k0, k1 = key
+    shift = np.zeros(WIDE if strata > 1 else 1, np.int32)
+    pad, sent = np.zeros(256, np.float32), np.zeros(32, np.uint8)
+    for at in range(lo, hi, WIDE):
+        count = min(WIDE, hi - at)
+        if strata > 1 and given.size:
+            copy(given[at : at + count], shift)
+        elif strata > 1:
+            fill_below(shift[: (count + 63) // 64 * 64], at // 64, shared, strata)
+        for i in range(first, last):
+            private = (np.uint64(slots[i]), index, stream, k0, k1)
+            sends = out[i, start + at // 8 : start + (at + count + 7) // 8]
+            _row(u[i, at : at + count], r[i], strata, place[i], shift, at, private, tie, sends, pad, sent)
 
 
 def encode_bits(
-    u: Tensor, r: Tensor, private: Draw, tie: Draw, strata: int, place: Tensor, shifts: Tensor | None
+    u: Tensor,
+    r: Tensor,
+    private: Draw,
+    tie: Draw,
+    strata: int,
+    place: Tensor,
+    shifts: Tensor | Draw | None,
+    head: bool = False,
 ) -> Tensor:
-    out = np.empty((len(u), (u.shape[1] + 7) // 8), np.uint8)
-    index, stream, k0, k1 = key(private)
-    shift = NO_SHIFTS if shifts is None else shifts.numpy().reshape(-1)
-    if shifts is None and strata > 1:
-        shift = np.zeros(u.shape[1], np.int32)
-    _encode_bits(
-        u.numpy(), r.numpy(), out, private.slots.numpy(), index, stream, np.uint64(tie.stream), k0, k1, strata,
-        place.numpy(), shift,
+    (m, d), start, scales = u.shape, 4 if head else 0, r.numpy()
+    out = np.empty((m, start + (d + 7) // 8), np.uint8)
+    if head:
+        out[:, :4] = scales.view(np.uint8).reshape(m, 4)
+    given, shared = NO_SHIFTS, NO_DRAW
+    if isinstance(shifts, Draw):
+        shared = (np.uint64(shifts.slots[0].item()), *key(shifts))
+    elif strata > 1:
+        given = np.zeros(d, np.int32) if shifts is None else shifts.numpy().reshape(-1)
+    args = (
+        u.numpy(), scales, out, start, private.slots.numpy(), key(private), np.uint64(tie.stream), strata,
+        place.numpy(), given, shared,
     )  # fmt: skip
+    share(lambda *part: _encode_bits(*args, *part), m, d)
     return torch.from_numpy(out)
 
 
+NO_SHIFTS = np.zeros(0, np.int32)
+NO_DRAW = (np.uint64(0),) * 5
+
+
+def share(work: Callable[[int, int, int, int], object], m: int, d: int) -> None:
+    """work(lo, hi, first, last) for parts of m rows of d coordinates: tiles of long rows, else rows."""
+    if d < 2 * LEAST:
+        spread(lambda first, last: work(0, d, first, last), m, 1, max(1, LEAST // d))
+    else:
+        spread(lambda lo, hi: work(lo, hi, 0, m), d, TILE)
+
+
+def _rows(payload: Tensor) -> np.ndarray:
+    """Bytes of a row side by side; rows themselves may lie apart, as after a column slice."""
+    return (payload if payload.stride(-1) == 1 else payload.contiguous()).numpy()
+
+
 @njit(cache=True, nogil=True)
-def _decode_bits(payload, r, out):
-    for i in range(out.shape[0]):
-        for j in range(out.shape[1]):
-            out[i, j] = r[i] if (payload[i, j >> 3] >> (j & 7)) & 1 else -r[i]
+def _decode_bits(payload, r, out, lo, hi, first, last):
+    for i in range(first, last):
+        row, values = payload[i], out[i]
+        whole = lo + (hi - lo) // 64 * 64
+        for j in range(lo, whole, 64):
+            signs_64(row, j // 8, r[i], values, j)
+        for j in range(whole, hi):
+            values[j] = r[i] if (row[j >> 3] >> (j & 7)) & 1 else -r[i]
 
 
-def decode_bits(payload: Tensor, r: Tensor, d: int) -> Tensor:
-    out = np.empty((len(payload), d), np.float32)
-    _decode_bits(payload.numpy(), r.numpy(), out)
-    return torch.from_numpy(out)
+def decode_bits(payload: Tensor, r: Tensor, d: int, out: Tensor | None = None) -> Tensor:
+    m = len(payload)
+    out = torch.from_numpy(np.empty((m, d), np.float32)) if out is None else out
+    args = (_rows(payload), r.numpy(), out.numpy())
+    share(lambda *part: _decode_bits(*args, *part), m, d)
+    return out
 
 
 @njit(cache=True, nogil=True)
-def _mean_bits(payload, r, out, cohort):
+def _mean_bits(payload, r, out, cohort, lo, hi):
     # Tile by tile, so that the sums of a tile stay in the first-level cache while all rows pass over it.
-    d = out.size
-    out[:] = 0.0
-    for lo in range(0, d, TILE):
-        count = min(TILE, d - lo)
-        acc = out[lo : lo + count]
+    total = np.empty(TILE)
+    for at in range(lo, hi, TILE):
+        count = min(TILE, hi - at)
+        total[:] = 0.0
         for i in range(payload.shape[0]):
-            ri = np.float64(r[i])
-            row = payload[i, lo // 8 : (lo + count + 7) // 8]
-            for b in range(count // 8):
-                byte = row[b]
-                for q in range(8):
-                    acc[8 * b + q] += ri if (byte >> q) & 1 else -ri
-            for j in range(count // 8 * 8, count):
-                acc[j] += ri if (row[j >> 3] >> (j & 7)) & 1 else -ri
-    for j in range(d):
-        out[j] /= cohort
-
-
-# Bit q of a byte as the byte q of a word: eight coordinates are counted by one addition, 255 rows at a time.
-_SPREAD = np.array([sum(1 << (8 * q) for q in range(8) if (b >> q) & 1) for b in range(256)], np.uint64)
+            ri, row = np.float64(r[i]), payload[i, at // 8 : (at + count + 7) // 8]
+            whole = count // 64 * 64
+            for j in range(0, whole, 64):
+                add_signs_64(row, j // 8, ri, total, j)
+            for j in range(whole, count):
+                total[j] += ri if (row[j >> 3] >> (j & 7)) & 1 else -ri
+        for j in range(count):
+            out[at + j] = np.float32(total[j] / cohort)
 
 
 @njit(cache=True, nogil=True)
-def _count_bits(payload, spread, counts):
-    """counts (8 b,) int32: how many rows have each bit set."""
-    width = payload.shape[1]
-    tile = np.empty(TILE // 8, np.uint64)
-    bytes_ = tile.view(np.uint8)
-    for lo in range(0, width, TILE // 8):
-        size = min(TILE // 8, width - lo)
-        acc = counts[8 * lo : 8 * (lo + size)]
-        acc[:] = 0
-        for first in range(0, payload.shape[0], 255):
-            tile[:] = 0
-            for i in range(first, min(first + 255, payload.shape[0])):
-                for b in range(size):
-                    tile[b] += spread[payload[i, lo + b]]
-            for j in range(8 * size):
-                acc[j] += bytes_[j]
+def _factor(r, m, cohort):
+    """r / cohort if (r c) / cohort and c (r / cohort) are one float32 for all sums c = -m, 2 - m, ..., m; else 0."""
+    factor = r / cohort
+    for c in range(-m, m + 1, 2):
+        if np.float32((r * c) / cohort) != np.float32(c * factor):
+            return 0.0
+    return factor
 
 
-def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int) -> Tensor:
-    scales = r.numpy()
+@njit(cache=True, nogil=True)
+def _weigh(counts, m, r, factor, cohort, out):
+    if factor > 0.0:  # a division a coordinate would take as long as all the counting
+        for j in range(out.size):
+            out[j] = np.float32(np.float64(2 * np.int32(counts[j]) - np.int32(m)) * factor)
+    else:
+        for j in range(out.size):
+            out[j] = np.float32((r * np.float64(2 * np.int32(counts[j]) - np.int32(m))) / cohort)
+
+
+@njit(cache=True, nogil=True)
+def _count_bits(payload, r, factor, cohort, out, lo, hi):
+    """The mean of rows with one scale. Eight bits a coordinate count 255 rows at a time."""
+    m = payload.shape[0]
+    counts, total, pad = np.empty(512, np.uint8), np.empty(512, np.int32), np.zeros(64, np.uint8)
+    for at in range(lo, hi, 512):
+        count = min(512, hi - at)
+        end = (at + count + 7) // 8
+        if m > 255:
+            total[:] = 0
+        for first in range(0, m, 255):
+            counts[:] = 0
+            for i in range(first, min(first + 255, m)):
+                if count == 512:
+                    count_512(payload[i], at // 8, counts)
+                else:
+                    copy(payload[i, at // 8 : end], pad)
+                    count_512(pad, 0, counts)
+            if m > 255:
+                for j in range(512):
+                    total[j] += counts[j]
+        if m > 255:
+            _weigh(total, m, r, factor, cohort, out[at : at + count])
+        else:
+            _weigh(counts, m, r, factor, cohort, out[at : at + count])
+
+
+def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int, out: Tensor | None = None) -> Tensor:
+    scales, rows = r.numpy(), _rows(payload)
+    out = torch.from_numpy(np.empty(d, np.float32)) if out is None else out
+    mean, least = out.numpy(), max(TILE, 4 * LEAST // max(len(scales), 4))
     # With one scale a sum of ±r is r (2 count - m), exact in float64: counting gives the very bits of adding in order.
     if len(scales) and scales[0] > 0 and (scales == scales[0]).all():
-        counts = np.empty(8 * payload.shape[1], np.int32)
-        _count_bits(payload.numpy(), _SPREAD, counts)
-        return torch.from_numpy(np.float64(scales[0]) * (2 * counts[:d] - np.int32(len(payload))) / cohort)
-    out = np.empty(d)
-    _mean_bits(payload.numpy(), scales, out, cohort)
-    return torch.from_numpy(out)
+        one = float(scales[0])
+        factor = _factor(one, len(scales), cohort)
+        spread(lambda lo, hi: _count_bits(rows, one, factor, cohort, mean, lo, hi), d, TILE, least)
+    else:
+        spread(lambda lo, hi: _mean_bits(rows, scales, mean, cohort, lo, hi), d, TILE, least)
+    return out

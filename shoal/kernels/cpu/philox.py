@@ -1,6 +1,7 @@
 """Random words and what is drawn with them alone: Philox4x32-10 in 64-bit lanes.
 
-One 64-bit multiplication yields both halves of Philox's 32 x 32 product.
+One 64-bit multiplication yields both halves of Philox's 32 x 32 product. Blocks of 16 counters are drawn in wide
+registers (`lanes`); what stands here in scalars is for single coordinates.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from shoal.kernels.cpu.lanes import below_64, below_128, halves_128, halves_256, words_64, words_128
+from shoal.kernels.cpu.threads import spread
 from shoal.kernels.draw import Draw
 
 TILE = 1024  # coordinates a pass: their random words and flags stay in the first-level cache
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
-_HALF = np.uint64(0xFFFF)
 
 
 @njit(inline="always")
@@ -31,34 +33,42 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @njit(inline="always")
+def copy(values, out):
+    """out[:values.size] = values; the slice assignment itself compiles for seconds, error messages included."""
+    for j in range(values.size):
+        out[j] = values[j]
+
+
+@njit(inline="always")
 def fill_words(out, block, slot, index, stream, k0, k1):
     """out (64 b) uint32: the words of whole blocks of 64 coordinates, from `block` on."""
-    for b in range(out.size // 64):
-        for lane in range(16):
-            c = np.uint64((block + b) * 16 + lane)
-            w0, w1, w2, w3 = philox(c, slot, index, stream, k0, k1)
-            out[64 * b + lane] = np.uint32(w0)
-            out[64 * b + 16 + lane] = np.uint32(w1)
-            out[64 * b + 32 + lane] = np.uint32(w2)
-            out[64 * b + 48 + lane] = np.uint32(w3)
+    draw = (slot, index, stream, k0, k1)
+    pairs = out.size // 128
+    for b in range(pairs):
+        words_128(out, 128 * b, np.uint64((block + 2 * b) * 16), draw)
+    if out.size > 128 * pairs:
+        words_64(out, 128 * pairs, np.uint64((block + 2 * pairs) * 16), draw)
 
 
 @njit(inline="always")
 def fill_halves(out, block, slot, index, stream, k0, k1):
     """out (128 b) int32: the 16-bit halves of whole blocks of 128 coordinates, from `block` on."""
-    for b in range(out.size // 128):
-        for lane in range(16):
-            c = np.uint64((block + b) * 16 + lane)
-            w0, w1, w2, w3 = philox(c, slot, index, stream, k0, k1)
-            at = 128 * b + lane
-            out[at] = np.int32(w0 & _HALF)
-            out[at + 16] = np.int32(w0 >> np.uint64(16))
-            out[at + 32] = np.int32(w1 & _HALF)
-            out[at + 48] = np.int32(w1 >> np.uint64(16))
-            out[at + 64] = np.int32(w2 & _HALF)
-            out[at + 80] = np.int32(w2 >> np.uint64(16))
-            out[at + 96] = np.int32(w3 & _HALF)
-            out[at + 112] = np.int32(w3 >> np.uint64(16))
+    draw = (slot, index, stream, k0, k1)
+    pairs = out.size // 256
+    for b in range(pairs):
+        halves_256(out, 256 * b, np.uint64((block + 2 * b) * 16), draw)
+    if out.size > 256 * pairs:
+        halves_128(out, 256 * pairs, np.uint64((block + 2 * pairs) * 16), draw)
+
+
+@njit(inline="always")
+def fill_below(out, block, draw, n):
+    """out (64 b) int32: numbers below n for whole blocks of 64 coordinates, from `block` on."""
+    pairs = out.size // 128
+    for b in range(pairs):
+        below_128(out, 128 * b, np.uint64((block + 2 * b) * 16), draw, np.uint64(n))
+    if out.size > 128 * pairs:
+        below_64(out, 128 * pairs, np.uint64((block + 2 * pairs) * 16), draw, np.uint64(n))
 
 
 @njit(inline="always")
@@ -73,20 +83,25 @@ def word(j, slot, index, stream, k0, k1):
     return w2 if w == 2 else w3
 
 
+def key(draw: Draw) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
+    """(round, stream, key low, key high) as the compiled loops take them."""
+    return (
+        np.uint64(draw.round & 0xFFFFFFFF),
+        np.uint64(draw.stream),
+        np.uint64(draw.seed & 0xFFFFFFFF),
+        np.uint64(draw.seed >> 32),
+    )
+
+
 @njit(cache=True, nogil=True)
-def _words(out, slots, index, stream, k0, k1):
-    d = out.shape[1]
-    tile = np.empty(TILE, np.uint32)
+def _words(out, slots, index, stream, k0, k1, lo, hi):
+    tile = np.empty(64, np.uint32)
     for i in range(out.shape[0]):
-        for lo in range(0, d, TILE):
-            count = min(TILE, d - lo)
-            slot = np.uint64(slots[i])
-            if count % 64 == 0:
-                fill_words(out[i, lo : lo + count], lo // 64, slot, index, stream, k0, k1)
-            else:
-                fill_words(tile[: (count + 63) // 64 * 64], lo // 64, slot, index, stream, k0, k1)
-                for j in range(count):
-                    out[i, lo + j] = tile[j]
+        slot, whole = np.uint64(slots[i]), lo + (hi - lo) // 64 * 64
+        fill_words(out[i, lo:whole], lo // 64, slot, index, stream, k0, k1)
+        if whole < hi:
+            fill_words(tile, whole // 64, slot, index, stream, k0, k1)
+            copy(tile[: hi - whole], out[i, whole:])
 
 
 @njit(cache=True, nogil=True)
@@ -101,19 +116,20 @@ def _halves(out, slots, index, stream, k0, k1):
                 out[i, lo + j] = np.uint16(tile[j])
 
 
-def key(draw: Draw) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
-    """(round, stream, key low, key high) as the compiled loops take them."""
-    return (
-        np.uint64(draw.round & 0xFFFFFFFF),
-        np.uint64(draw.stream),
-        np.uint64(draw.seed & 0xFFFFFFFF),
-        np.uint64(draw.seed >> 32),
-    )
+@njit(cache=True, nogil=True)
+def _below(out, slots, index, stream, k0, k1, n, lo, hi):
+    tile = np.empty(64, np.int32)
+    for i in range(out.shape[0]):
+        draw, whole = (np.uint64(slots[i]), index, stream, k0, k1), lo + (hi - lo) // 64 * 64
+        fill_below(out[i, lo:whole], lo // 64, draw, n)
+        if whole < hi:
+            fill_below(tile, whole // 64, draw, n)
+            copy(tile[: hi - whole], out[i, whole:])
 
 
 def words(draw: Draw, d: int) -> Tensor:
-    out = np.empty((len(draw.slots), d), np.uint32)
-    _words(out, draw.slots.numpy(), *key(draw))
+    out, slots, keys = np.empty((len(draw.slots), d), np.uint32), draw.slots.numpy(), key(draw)
+    spread(lambda lo, hi: _words(out, slots, *keys, lo, hi), d, TILE)
     return torch.from_numpy(out)
 
 
@@ -123,8 +139,16 @@ def halves(draw: Draw, d: int) -> Tensor:
     return torch.from_numpy(out)
 
 
+def below(draw: Draw, d: int, n: int) -> Tensor:
+    out, slots, keys = np.empty((len(draw.slots), d), np.int32), draw.slots.numpy(), key(draw)
+    spread(lambda lo, hi: _below(out, slots, *keys, n, lo, hi), d, TILE)
+    return torch.from_numpy(out)
+
+
 @njit(cache=True, nogil=True)
-def _permutation(out, w):
+def _permutation(out, slot, index, stream, k0, k1):
+    w = np.empty((out.size + 63) // 64 * 64, np.uint32)
+    fill_words(w, 0, slot, index, stream, k0, k1)
     for t in range(out.size):
         out[t] = t
     for t in range(out.size - 1, 0, -1):
@@ -134,7 +158,7 @@ def _permutation(out, w):
 
 def permutation(draw: Draw, d: int) -> Tensor:
     out = np.empty(d, np.int64)
-    _permutation(out, words(draw, d).numpy()[0])
+    _permutation(out, np.uint64(draw.slots[0].item()), *key(draw))
     return torch.from_numpy(out)
 
 

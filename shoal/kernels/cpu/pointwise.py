@@ -10,31 +10,30 @@ from torch import Tensor
 from shoal.kernels.cpu.bits import pack_flags
 from shoal.kernels.cpu.levels import pack
 from shoal.kernels.cpu.philox import TILE, fill_words, key
+from shoal.kernels.cpu.sums import added_lanes, block_sums
 from shoal.kernels.draw import Draw
-from shoal.kernels.reference import LANES
+from shoal.kernels.reference import LANES, SUM_BLOCK
 
 
 @njit(cache=True, nogil=True)
-def _mean_abs(u, out):
-    for i in range(u.shape[0]):
+def _abs_sums(u, blocks, out, lo, hi):
+    for k in range(lo, hi):
+        first = k % blocks * SUM_BLOCK
+        block = u[k // blocks, first : min(first + SUM_BLOCK, u.shape[1])]
         lanes = np.zeros(LANES)
-        row = u[i]
-        whole = row.size // LANES * LANES
-        for lo in range(0, whole, LANES):
+        whole = block.size // LANES * LANES
+        for at in range(0, whole, LANES):
             for lane in range(LANES):
-                lanes[lane] += abs(np.float64(row[lo + lane]))
-        for j in range(whole, row.size):
-            lanes[j - whole] += abs(np.float64(row[j]))
-        total = lanes[0]
-        for lane in range(1, LANES):
-            total += lanes[lane]
-        out[i] = np.float32(total / row.size)
+                lanes[lane] += abs(np.float64(block[at + lane]))
+        for j in range(whole, block.size):
+            lanes[j - whole] += abs(np.float64(block[j]))
+        out[k] = added_lanes(lanes)
 
 
 def mean_abs(u: Tensor) -> Tensor:
-    out = np.empty(len(u), np.float32)
-    _mean_abs(u.numpy(), out)
-    return torch.from_numpy(out)
+    rows = u.numpy()
+    sums = block_sums(lambda *part: _abs_sums(rows, *part), *rows.shape)
+    return torch.from_numpy((np.add.accumulate(sums, axis=1)[:, -1] / rows.shape[1]).astype(np.float32))
 
 
 @njit(cache=True, nogil=True)

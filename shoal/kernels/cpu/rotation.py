@@ -8,8 +8,9 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.philox import words
+from shoal.kernels.cpu.sums import added_lanes, block_sums
 from shoal.kernels.draw import Draw
-from shoal.kernels.reference import LANES
+from shoal.kernels.reference import LANES, SUM_BLOCK
 
 BLOCK = 4096  # coordinates whose butterflies are done while they stay in the first-level cache: 16 KiB
 COLUMNS = 128  # coordinates that are gathered from every block for the longer strides
@@ -96,18 +97,15 @@ def hadamard(u: Tensor) -> Tensor:
 
 
 @njit(cache=True, nogil=True)
-def _dots(u, v, out):
-    for i in range(u.shape[0]):
-        lanes = np.zeros(LANES)
-        for j in range(u.shape[1]):
-            lanes[j % LANES] += np.float64(u[i, j]) * np.float64(v[i, j])
-        total = lanes[0]
-        for lane in range(1, LANES):
-            total += lanes[lane]
-        out[i] = total
+def _dot_sums(u, v, blocks, out, lo, hi):
+    for k in range(lo, hi):
+        first, lanes = k % blocks * SUM_BLOCK, np.zeros(LANES)
+        for j in range(first, min(first + SUM_BLOCK, u.shape[1])):
+            lanes[j % LANES] += np.float64(u[k // blocks, j]) * np.float64(v[k // blocks, j])
+        out[k] = added_lanes(lanes)
 
 
 def dots(u: Tensor, v: Tensor) -> Tensor:
-    out = np.empty(len(u))
-    _dots(u.numpy(), v.numpy(), out)
-    return torch.from_numpy(out)
+    a, b = u.numpy(), v.numpy()
+    sums = block_sums(lambda *part: _dot_sums(a, b, *part), *a.shape)
+    return torch.from_numpy(np.ascontiguousarray(np.add.accumulate(sums, axis=1)[:, -1]))

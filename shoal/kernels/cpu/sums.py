@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from shoal.kernels.reference import LANES
+from shoal.kernels.cpu.lanes import add_squares_16, add_squares_256
+from shoal.kernels.cpu.threads import LEAST, spread
+from shoal.kernels.reference import LANES, SUM_BLOCK
 
 
 @njit(inline="always")
-def _lane_sum(row):
-    """sum_j row_j^2 in float64: LANES partial sums, added from 0 to 15."""
-    lanes = np.zeros(LANES)
-    whole = row.size // LANES * LANES
-    for lo in range(0, whole, LANES):
-        for lane in range(LANES):
-            v = np.float64(row[lo + lane])
-            lanes[lane] += v * v
-    for j in range(whole, row.size):
-        v = np.float64(row[j])
-        lanes[j - whole] += v * v
+def added_lanes(lanes):
+    """The lanes' sum, from 0 to 15."""
     total = lanes[0]
     for lane in range(1, LANES):
         total += lanes[lane]
@@ -31,43 +25,82 @@ def _lane_sum(row):
 
 
 @njit(cache=True, nogil=True)
-def _norms(u, out):
-    for i in range(u.shape[0]):
-        s = math.sqrt(_lane_sum(u[i]))
+def square_sum(block):
+    """sum_j block_j^2 in float64 of at most SUM_BLOCK coordinates: LANES partial sums, added from 0 to 15."""
+    lanes = np.zeros(LANES)
+    most, whole = block.size // 256 * 256, block.size // LANES * LANES
+    for lo in range(0, most, 256):
+        add_squares_256(block, lo, lanes)
+    for lo in range(most, whole, LANES):
+        add_squares_16(block, lo, lanes)
+    for j in range(whole, block.size):
+        v = np.float64(block[j])
+        lanes[j - whole] += v * v
+    return added_lanes(lanes)
+
+
+@njit(cache=True, nogil=True)
+def _square_sums(u, blocks, out, lo, hi):
+    """out[k] for k in lo..hi-1: block k % blocks of row k // blocks."""
+    for k in range(lo, hi):
+        first = k % blocks * SUM_BLOCK
+        out[k] = square_sum(u[k // blocks, first : min(first + SUM_BLOCK, u.shape[1])])
+
+
+@njit(cache=True, nogil=True)
+def _roots(sums, out):
+    for i in range(out.size):
+        total = sums[i, 0]
+        for b in range(1, sums.shape[1]):
+            total += sums[i, b]
+        s = math.sqrt(total)
         r = np.float32(s)
         if np.float64(r) < s:
             r = np.nextafter(r, np.float32(np.inf))
         out[i] = r
 
 
+def block_sums(work: Callable[..., object], rows: int, d: int) -> np.ndarray:
+    """(rows, blocks) float64 of work(blocks, out, lo, hi), which fills out[lo:hi] of the blocks in row order.
+
+    Add a row's blocks from left to right.
+    """
+    blocks = -(-d // SUM_BLOCK)
+    out = np.empty(rows * blocks)
+    spread(lambda lo, hi: work(blocks, out, lo, hi), rows * blocks, 1, max(1, LEAST // min(d, SUM_BLOCK)))
+    return out.reshape(rows, blocks)
+
+
 def norms(u: Tensor) -> Tensor:
-    out = np.empty(len(u), np.float32)
-    _norms(u.numpy(), out)
+    rows, out = u.numpy(), np.empty(len(u), np.float32)
+    _roots(block_sums(lambda *part: _square_sums(rows, *part), *rows.shape), out)
     return torch.from_numpy(out)
 
 
 @njit(cache=True, nogil=True)
-def _maxes(bits, out):
-    for i in range(bits.shape[0]):
-        top = np.uint32(0)
-        for j in range(bits.shape[1]):
-            top = max(top, bits[i, j] & np.uint32(0x7FFFFFFF))
-        out[i] = top
+def _maxes(bits, blocks, out, lo, hi):
+    for k in range(lo, hi):
+        top, first = np.uint32(0), k % blocks * SUM_BLOCK
+        block = bits[k // blocks, first : min(first + SUM_BLOCK, bits.shape[1])]
+        for j in range(block.size):
+            top = max(top, block[j] & np.uint32(0x7FFFFFFF))
+        out[k] = top
 
 
 def maxes(u: Tensor) -> Tensor:
-    out = np.empty(len(u), np.uint32)
-    _maxes(u.numpy().view(np.uint32), out)
-    return torch.from_numpy(out.view(np.float32))
-
-
-@njit(cache=True, nogil=True)
-def _square_norm(x):
-    return _lane_sum(x)
+    bits, (m, d) = u.numpy().view(np.uint32), u.shape
+    blocks = -(-d // SUM_BLOCK)
+    out = np.empty(m * blocks, np.uint32)
+    spread(lambda lo, hi: _maxes(bits, blocks, out, lo, hi), len(out), 1, max(1, LEAST // min(d, SUM_BLOCK)))
+    return torch.from_numpy((out if blocks == 1 else out.reshape(m, blocks).max(1)).view(np.float32))
 
 
 def square_norm(x: Tensor) -> float:
-    return float(_square_norm(x.numpy()))
+    rows = x.numpy()[None]
+    total = 0.0
+    for block in block_sums(lambda *part: _square_sums(rows, *part), 1, len(x))[0]:
+        total += float(block)
+    return total
 
 
 @njit(cache=True, nogil=True)
