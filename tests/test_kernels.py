@@ -401,11 +401,11 @@ def coded(v: Inputs, name: str) -> list[object]:
 
 @pytest.mark.parametrize("name", LEVELED)
 def test_two_threads_give_the_bytes_of_one(name):
-    v, threads, found = Inputs(2, 300_001, 1.0), torch.get_num_threads(), []
+    threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(coded(v, name))
+            found.append(coded(Inputs(2, 300_001, 1.0), name))
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
