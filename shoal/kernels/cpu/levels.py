@@ -135,17 +135,19 @@ def encode_levels(
 
 
 @njit(cache=True, nogil=True)
-def _level_values(r, levels, out):
+def _level_values(r, levels, codes, out):
     for i in range(out.shape[0]):
-        for c in range(out.shape[1]):
+        for k in range(out.shape[1]):
+            c = k % codes
             v = np.float64(r[i]) * np.float64(2 * c - (levels - 1)) / np.float64(levels - 1)
-            out[i, c] = v if c < levels else np.nan
+            out[i, k] = v if c < levels else np.nan
 
 
 def _values(r: Tensor, levels: int, bits: int, dtype: type) -> np.ndarray:
-    """(m, 2^bits) numbers of all codes, NaN for what no encoder writes; (m, 0) where they are too many to list."""
-    out = np.empty((len(r), 0 if bits > 8 else 4 if bits == TRITS else 1 << bits), dtype)
-    _level_values(r.numpy(), levels, out)
+    """The numbers of all codes, as `decode_table` has them: NaN for what no encoder writes; none where it is long."""
+    codes = 4 if bits == TRITS else 1 << bits
+    out = np.empty((len(r), 0 if bits > 8 else max(codes, 16)), dtype)
+    _level_values(r.numpy(), levels, codes, out)
     return out
 
 

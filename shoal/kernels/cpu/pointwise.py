@@ -191,17 +191,18 @@ def encode_natural_levels(u: Tensor, r: Tensor, private: Draw, levels: int) -> T
 
 
 @njit(cache=True, nogil=True)
-def _natural_values(r, levels, out):
+def _natural_values(r, levels, codes, out):
     for i in range(out.shape[0]):
-        for c in range(out.shape[1]):
-            level = c - levels
+        for k in range(out.shape[1]):
+            level = k % codes - levels
             value = np.float32(0 if level == 0 else 2.0 ** np.float64(abs(level) - levels) * np.float64(r[i]))
-            out[i, c] = np.nan if level > levels else -value if level < 0 else value
+            out[i, k] = np.nan if level > levels else -value if level < 0 else value
 
 
 def _values(r: Tensor, levels: int, dtype: type) -> np.ndarray:
-    out = np.empty((len(r), 1 << (2 * levels).bit_length()), dtype)
-    _natural_values(r.numpy(), levels, out)
+    codes = 1 << (2 * levels).bit_length()
+    out = np.empty((len(r), max(codes, 16)), dtype)
+    _natural_values(r.numpy(), levels, codes, out)
     return out
 
 

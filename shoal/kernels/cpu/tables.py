@@ -60,7 +60,7 @@ def _excess(digits, count):
 
 
 @njit(cache=True, nogil=True)
-def _decode(flat, stride, tables, scales, values, out, bits, levels, low, high):
+def _decode(flat, stride, scales, values, out, bits, levels, low, high):
     """Tiles low..high-1 of all rows."""
     d, bad = out.shape[1], False
     tiles, width = (d + SPAN - 1) // SPAN, 2 if bits == TRITS else bits
@@ -74,7 +74,7 @@ def _decode(flat, stride, tables, scales, values, out, bits, levels, low, high):
             bad |= count % 5 > 0 and _excess(digits, count)
         groups, tile = _sixteens(source, start, count, width), out[i, first : first + count]
         for k in range(groups):
-            look_up(source, start + 2 * width * k, tables, i, width, tile, 16 * k)
+            look_up(source, start + 2 * width * k, values, i, width, tile, 16 * k)
         rest = tile[16 * groups :]
         if rest.size:
             at = start + 2 * width * groups
@@ -89,20 +89,16 @@ def decode_table(
 ) -> tuple[Tensor, bool]:
     """(m, d) float32: number values[i, code] for each code of row i, and whether one is a NaN.
 
-    Without `values` (m, 0), the numbers are those of `levels` points over [-scale, scale].
+    Of codes of at most four bits, sixteen numbers are given: those of all codes again and again, so that what stands
+    above a code in its byte does not count. Without `values` (m, 0), the numbers are those of `levels` points over
+    [-scale, scale].
     """
     m, out = len(payload), np.empty((len(payload), d), np.float32)
     flat, stride = bytes_of(payload)
-    head = (flat, stride, _sixteen(values), scales, values, out, bits, levels)
+    head = (flat, stride, scales, values, out, bits, levels)
     found: list[bool] = []
     spread(lambda low, high: found.append(_decode(*head, low, high)), m * -(-d // SPAN), least=LEAST // SPAN)
     return torch.from_numpy(out), any(found)
-
-
-def _sixteen(values: np.ndarray) -> np.ndarray:
-    """(m, 16): the numbers again and again, so that what stands above a code of less than four bits does not count."""
-    wide = values.shape[1]
-    return np.tile(values, 16 // wide) if 0 < wide < 16 else values
 
 
 @njit
@@ -120,7 +116,7 @@ def _add_tile(source, at, stride, tables, rows, width, groups, acc):
 
 
 @njit(cache=True, nogil=True)
-def _mean(flat, stride, tables, scales, values, out, bits, levels, cohort, low, high):
+def _mean(flat, stride, scales, values, out, bits, levels, cohort, low, high):
     """Coordinates low..high-1 of out."""
     m, bad, width = values.shape[0], False, 2 if bits == TRITS else bits
     code, buffer = np.empty(SPAN, np.uint16), np.empty(ROOM, np.uint8)
@@ -138,7 +134,7 @@ def _mean(flat, stride, tables, scales, values, out, bits, levels, cohort, low, 
                     bad |= count % 5 > 0 and _excess(row, count)
                 source, at, step = digits, 0, wide
             groups = _sixteens(source, at + (last - i - 1) * step, count, width)
-            _add_tile(source, at, step, tables, (i, last), width, groups, acc)
+            _add_tile(source, at, step, values, (i, last), width, groups, acc)
             tail, rest = acc[16 * groups : count], more[: count - 16 * groups]
             for k in range(last - i if rest.size else 0):
                 begin = at + k * step + 2 * width * groups
@@ -158,7 +154,7 @@ def mean_table(
     """(d,) float32: (1/cohort) sum_i of the numbers of `decode_table`, in float64 from row 0 on. And its check."""
     out = np.empty(d, np.float32)
     flat, stride = bytes_of(payload)
-    head = (flat, stride, _sixteen(values), scales, values, out, bits, levels, cohort)
+    head = (flat, stride, scales, values, out, bits, levels, cohort)
     found: list[bool] = []
     least = max(SPAN, LEAST // max(len(payload), 1))
     spread(lambda low, high: found.append(_mean(*head, low, high)), d, unit=SPAN, least=least)
