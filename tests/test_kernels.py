@@ -27,6 +27,9 @@ scales = pytest.mark.parametrize("scale", SCALES)
 
 def same(a: Tensor | float, b: Tensor | float) -> None:
     """Equal dtype, shape and bytes: -0.0 is not 0.0, and a NaN equals itself."""
+    if isinstance(a, bool):
+        assert a is b
+        return
     if isinstance(a, float):
         assert np.float64(a).tobytes() == np.float64(b).tobytes()
         return
@@ -92,11 +95,57 @@ def leveled(ops: ModuleType, v: Inputs) -> list[Tensor]:
         for s in (2, 3, 16):
             out.append(ops.encode_levels(v.u, v.r, v.private, v.tie, s, strata, place, shifts))
             out.append(ops.encode_levels(v.u, norm, v.private, v.tie, s, strata, place, None))
-    return out
+    headed = ops.encode_levels(v.u, v.r, v.private, v.tie, 16, head=True)
+    same(headed[:, :4].contiguous(), v.r[:, None].view(torch.uint8))
+    return [*out, headed]
 
 
 def packed(ops: ModuleType, v: Inputs) -> list[Tensor]:
     return [ops.pack(v.codes(2**bits), bits) for bits in (0, 1, 2, 3, 7, 8, 13, 31)]
+
+
+COUNTS = (2, 3, 4, 5, 8, 9, 15, 16, 17, 200, 256, 257, 32767)  # of codes: 1 to 5 bits, 8, 9 and 15
+
+
+def read(decode: Callable[[Tensor, int], tuple[Tensor, bool]], v: Inputs, counts: tuple[int, ...]) -> list[object]:
+    """What is decoded of packed codes below `count`, and of the same with one code at its bits' end (NaN, if beyond).
+
+    The payload is part of wider rows, as that of a message with a scale in front is.
+    """
+    out: list[object] = []
+    for count in counts:
+        bits, codes = (count - 1).bit_length(), v.codes(count)
+        for last in (int(codes[-1, -1]), 2**bits - 1):
+            codes[-1, -1] = last
+            rows = reference.pack(codes, bits)
+            values, beyond = decode(torch.cat([v.bytes[:, :1], rows], 1)[:, 1:], count)
+            assert beyond is (last >= count) is bool(values.isnan().any())
+            out += [values, beyond]
+    return out
+
+
+def trits(v: Inputs, decode: Callable[[Tensor], tuple[Tensor, bool]]) -> list[object]:
+    """Five digits a byte; then a byte that has none, and a digit behind the last coordinate."""
+    rows = reference.pack_trits(v.codes(3))
+    out: list[object] = [*decode(rows)]
+    for byte in (242, 243, 255):
+        rows[-1, -1] = byte
+        values, bad = decode(rows)
+        assert bad is (byte > 242 or v.d % 5 > 0)
+        out += [values, bad]
+    return out
+
+
+def powers(v: Inputs, decode: Callable[[Tensor], tuple[Tensor, bool]]) -> list[object]:
+    """Nine bits a coordinate, first those of rows, then with an exponent of 255 at the end."""
+    rows = reference.encode_natural(v.u / 2, v.private)
+    out: list[object] = [*decode(rows)]
+    assert out[-1] is False
+    codes = reference.unpack(rows, v.d, 9)
+    codes[0, -1] = 255
+    values, bad = decode(reference.pack(codes, 9))
+    assert bad is True
+    return [*out, values, bad]
 
 
 def sparse(ops: ModuleType, v: Inputs, name: str) -> Tensor:
@@ -110,7 +159,7 @@ def sparse(ops: ModuleType, v: Inputs, name: str) -> Tensor:
 CASES: dict[str, Callable[[ModuleType, Inputs], object]] = {
     "add_rows": added,
     "decode_bits": lambda ops, v: ops.decode_bits(v.bytes, v.r, v.d),
-    "decode_levels": lambda ops, v: [ops.decode_levels(v.codes(s), v.r, s) for s in (2, 3, 16)],
+    "decode_levels": lambda ops, v: read(lambda p, s: ops.decode_levels(p, v.r, s, v.d), v, COUNTS),
     "dots": lambda ops, v: ops.dots(v.u, v.u.flip(1).contiguous()),
     "encode_bits": rounded,
     "encode_levels": leveled,
@@ -119,7 +168,7 @@ CASES: dict[str, Callable[[ModuleType, Inputs], object]] = {
     "halves": lambda ops, v: ops.halves(v.private, v.d),
     "maxes": lambda ops, v: ops.maxes(v.u),
     "mean_bits": lambda ops, v: ops.mean_bits(v.bytes, v.r, v.d, 7),
-    "mean_levels": lambda ops, v: [ops.mean_levels(v.codes(s), v.r, s, 7) for s in (2, 3, 16)],
+    "mean_levels": lambda ops, v: read(lambda p, s: ops.mean_levels(p, v.r, s, v.d, 7), v, COUNTS),
     "mean_rows": lambda ops, v: ops.mean_rows(v.u, 7),
     "mean_sparse": lambda ops, v: sparse(ops, v, "mean_sparse"),
     "norms": lambda ops, v: ops.norms(v.u),
@@ -138,18 +187,25 @@ CASES: dict[str, Callable[[ModuleType, Inputs], object]] = {
 
 CASES |= {
     "below": lambda ops, v: [ops.below(v.private, v.d, n) for n in (1, 2, 16, 2**31 - 1)],
-    "decode_natural_levels": lambda ops, v: [
-        ops.decode_natural_levels(v.codes(2 * s + 1), v.r, s) for s in (1, 2, 7, 127)
-    ],
-    "decode_natural": lambda ops, v: ops.decode_natural(v.codes(512)),
+    "decode_natural_levels": lambda ops, v: read(
+        lambda p, c: ops.decode_natural_levels(p, v.r, c // 2, v.d), v, (3, 5, 15, 31, 255)
+    ),
+    "decode_natural": lambda ops, v: powers(v, lambda p: ops.decode_natural(p, v.d)),
+    "decode_trits": lambda ops, v: trits(v, lambda p: ops.decode_trits(p, v.r, v.d)),
     "encode_natural": lambda ops, v: ops.encode_natural(v.u, v.private),
     "encode_natural_levels": lambda ops, v: [
         ops.encode_natural_levels(v.u, r, v.private, s) for r in (v.r, v.r * 0.75) for s in (1, 2, 7, 127)
     ],
-    "mean_abs": lambda ops, v: ops.mean_abs(v.u),
     "pack_trits": lambda ops, v: ops.pack_trits(v.codes(3)),
+    "unpack_trits": lambda ops, v: ops.unpack_trits(v.codes(256)[:, : (v.d + 4) // 5].to(torch.uint8), v.d),
+    "encode_trits": lambda ops, v: [ops.encode_trits(v.u, r, v.private, v.tie) for r in (v.r, v.r * 2)],
+    "mean_abs": lambda ops, v: ops.mean_abs(v.u),
+    "mean_natural": lambda ops, v: powers(v, lambda p: ops.mean_natural(p, v.d, 7)),
+    "mean_natural_levels": lambda ops, v: read(
+        lambda p, c: ops.mean_natural_levels(p, v.r, c // 2, v.d, 7), v, (3, 5, 15, 31, 255)
+    ),
+    "mean_trits": lambda ops, v: trits(v, lambda p: ops.mean_trits(p, v.r, v.d, 7)),
     "sign_bits": lambda ops, v: ops.sign_bits(v.u),
-    "unpack_trits": lambda ops, v: [ops.unpack_trits(ops.pack_trits(v.codes(3)), c) for c in {1, v.d}],
 }
 
 
@@ -368,3 +424,48 @@ def test_equal_bytes_on_any_floats(data):
     same(reference.maxes(u), cpu.maxes(u))
     with np.errstate(over="ignore"):
         same(reference.norms(u), cpu.norms(u))
+
+
+LEVELED = [
+    *("decode_levels", "decode_natural", "decode_natural_levels", "decode_trits", "encode_levels", "encode_natural"),
+    *("encode_natural_levels", "encode_trits", "mean_levels", "mean_natural", "mean_natural_levels", "mean_trits"),
+    "sign_bits",
+]
+
+
+def coded(v: Inputs, name: str) -> list[object]:
+    """The kernel of this name on long rows: four bits, nine, strata, digits."""
+    kernel, place, shifts = getattr(cpu, name), torch.arange(v.m), torch.zeros(1, v.d, dtype=torch.int32)
+    draws, more = (v.private, v.tie), (7,) if name.startswith("mean") else ()
+    if name == "encode_levels":
+        return [kernel(v.u, v.r, *draws, c, s, place, shifts) for c in (12, 300) for s in (1, 3)]
+    rows = cpu.pack(v.codes(9), 9 if name.endswith("natural") else 4)
+    arguments = {
+        "sign_bits": (v.u,),
+        "encode_trits": (v.u, v.r, *draws),
+        "encode_natural": (v.u, v.private),
+        "encode_natural_levels": (v.u, v.r, v.private, 5),
+    }
+    for verb in ("decode", "mean"):
+        arguments |= {
+            f"{verb}_levels": (rows, v.r, 12, v.d, *more),
+            f"{verb}_natural_levels": (rows, v.r, 5, v.d, *more),
+            f"{verb}_natural": (rows, v.d, *more),
+            f"{verb}_trits": (rows[:, : (v.d + 4) // 5] % 9, v.r, v.d, *more),
+        }
+    out = kernel(*arguments[name])
+    return [*out] if isinstance(out, tuple) else [out]
+
+
+@pytest.mark.parametrize("name", LEVELED)
+def test_two_threads_give_the_bytes_of_one(name):
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(coded(Inputs(2, 300_001, 1.0), name))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            same(a, b)

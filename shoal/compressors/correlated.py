@@ -21,7 +21,7 @@ from shoal import kernels, rng
 from shoal.compressors.blocks import alike, cut, ranges
 from shoal.compressors.dither import QSGD, checked_scale, read_scale
 from shoal.compressors.strata import strata_error, supremum_max, supremum_norm
-from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, Vector, as_bytes, measured_rows
+from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, Vector, measured_rows
 from shoal.errors import ConfigError, PayloadError
 from shoal.theory import AB
 
@@ -251,14 +251,13 @@ class Correlated(Compressor):
         if self.levels == 2:
             return ops.encode_bits(u, r, private, ties, strata, place, shared, head)
         shifts = rng.below(shared, d, strata)
-        code = ops.encode_levels(u, r, private, ties, self.levels, strata, place, shifts)
-        return torch.cat([as_bytes(r[:, None]), code], 1) if head else code
+        return ops.encode_levels(u, r, private, ties, self.levels, strata, place, shifts, head)
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         if self.blocks > 1:
             values, part = self._read_blocks(msgs, rnd)
             return kernels.of(values).scatter(values, part.coordinates, part.pointer, msgs.d, 1.0)
-        code, r = self._read(msgs.checked(self.capacity(rnd.n, msgs.d)), msgs.d, rnd)
+        code, r = self._read(msgs.checked(self.capacity(rnd.n, msgs.d)), rnd)
         return self._values(code, r, msgs.d)
 
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
@@ -266,10 +265,10 @@ class Correlated(Compressor):
             values, part = self._read_blocks(msgs, rnd)
             ops = kernels.of(values)
             return ops.mean_sparse(values, part.coordinates, part.pointer, msgs.d, 1.0, rnd.cohort).float()
-        code, r = self._read(msgs.checked(self.capacity(rnd.n, msgs.d)), msgs.d, rnd)
+        code, r = self._read(msgs.checked(self.capacity(rnd.n, msgs.d)), rnd)
         if self.levels == 2:
             return kernels.of(code).mean_bits(code, r, msgs.d, rnd.cohort)
-        return kernels.of(code).mean_levels(code, r, self.levels, rnd.cohort).float()
+        return self._within(kernels.of(code).mean_levels(code, r, self.levels, msgs.d, rnd.cohort))
 
     def _agreed(self, rnd: Round, m: int) -> Tensor:
         if rnd.agreed is None:
@@ -281,20 +280,22 @@ class Correlated(Compressor):
             raise PayloadError(f"the agreed scale {rnd.agreed!r} is not a finite number >= 0.")
         return torch.full((m,), rnd.agreed)
 
-    def _read(self, payload: Tensor, d: int, rnd: Round, gain: float = 1.0) -> tuple[Tensor, Tensor]:
-        """(code, scales): the bits as they are, or (m, d) numbers of grid points."""
+    def _read(self, payload: Tensor, rnd: Round, gain: float = 1.0) -> tuple[Tensor, Tensor]:
+        """(packed codes, scales)."""
         r = self._agreed(rnd, len(payload)) if self.agrees else read_scale(payload, gain)
-        payload = payload[:, self._start :]
-        if self.levels == 2:
-            return payload, r
-        code = kernels.of(payload).unpack(payload, d, self._bits)
-        if len(code) and int(code.max()) >= self.levels:
-            raise PayloadError(f"Correlated(levels={self.levels}): a code lies outside 0..{self.levels - 1}.")
-        return code, r
+        return payload[:, self._start :], r
 
     def _values(self, code: Tensor, r: Tensor, d: int) -> Tensor:
         ops = kernels.of(code)
-        return ops.decode_bits(code, r, d) if self.levels == 2 else ops.decode_levels(code, r, self.levels)
+        if self.levels == 2:
+            return ops.decode_bits(code, r, d)
+        return self._within(ops.decode_levels(code, r, self.levels, d))
+
+    def _within(self, decoded: tuple[Tensor, bool]) -> Tensor:
+        values, beyond = decoded
+        if beyond:
+            raise PayloadError(f"Correlated(levels={self.levels}): a code lies outside 0..{self.levels - 1}.")
+        return values
 
     def _places(self, slots: Tensor, rnd: Round) -> Tensor:
         return rnd.permutation(rnd.cohort, "Correlated.places")[slots]
@@ -322,7 +323,7 @@ class Correlated(Compressor):
         values = torch.zeros(len(payload), -(-msgs.d // self.blocks))
         for rows, (length, size) in alike(lengths, part.size):
             some = payload[rows, : self._start + (length * self._bits + 7) // 8].contiguous()
-            code, r = self._read(some, length, rnd, n / size)
+            code, r = self._read(some, rnd, n / size)
             values[rows, :length] = (self._values(code, r, length).double() * (n / size)).float()
         return values, part
 

@@ -23,7 +23,6 @@ from shoal.core import (
     Rows,
     Unbiased,
     Vector,
-    as_bytes,
     as_floats,
     checked_rows,
     shaped_rows,
@@ -57,8 +56,54 @@ def read_scale(payload: Tensor, gain: float = 1.0) -> Tensor:
     return r
 
 
+class ScaledCodes(Unbiased):
+    """A scale a row, then a code 0..points-1 a coordinate: what the quantizers of this library read alike.
+
+    Wire: r as float32, then the codes in ceil(log2 points) bits each.
+    """
+
+    fixed_length = True
+
+    @property
+    def points(self) -> int:
+        """How many codes there are."""
+        raise NotImplementedError
+
+    @property
+    def _bits(self) -> int:
+        return (self.points - 1).bit_length()
+
+    def capacity(self, n: int, d: int) -> int:
+        """4 + ceil(d ceil(log2 points) / 8) bytes, always all used."""
+        return 4 + (d * self._bits + 7) // 8
+
+    def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor]:
+        """(packed codes, scales)."""
+        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
+        return payload[:, 4:], read_scale(payload)
+
+    def _within(self, decoded: tuple[Tensor, bool]) -> Tensor:
+        """What a kernel decoded, unless it met a code that stands for nothing."""
+        values, beyond = decoded
+        if beyond:
+            raise PayloadError(f"{self!r}: a code lies outside 0..{self.points - 1}.")
+        return values
+
+    def decode(self, msgs: Messages, rnd: Round) -> Rows:
+        code, r = self._read(msgs, rnd)
+        if self.points == 2:
+            return kernels.of(code).decode_bits(code, r, msgs.d)
+        return self._within(kernels.of(code).decode_levels(code, r, self.points, msgs.d))
+
+    def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
+        code, r = self._read(msgs, rnd)
+        if self.points == 2:
+            return kernels.of(code).mean_bits(code, r, msgs.d, rnd.cohort)
+        return self._within(kernels.of(code).mean_levels(code, r, self.points, msgs.d, rnd.cohort))
+
+
 @dataclass(frozen=True)
-class Independent(Unbiased):
+class Independent(ScaledCodes):
     """IQ: one bit a coordinate, or a few, each client rounding on its own.
 
     Each coordinate becomes one of its two neighbors among `levels` equidistant points over [-r, r], r = ||u||_2,
@@ -71,7 +116,6 @@ class Independent(Unbiased):
     References: arXiv:2401.05518; more than two levels: docs/derivations/pointwise.md.
     """
 
-    fixed_length = True
     levels: int = 2
 
     def __post_init__(self) -> None:
@@ -90,46 +134,24 @@ class Independent(Unbiased):
         return (d - (q + math.sqrt(q * q - 1.0)) ** -2) / q**2
 
     @property
-    def _bits(self) -> int:
-        return (self.levels - 1).bit_length()
-
-    def capacity(self, n: int, d: int) -> int:
-        """4 + ceil(d ceil(log2 levels) / 8) bytes, always all used."""
-        return 4 + (d * self._bits + 7) // 8
+    def points(self) -> int:
+        """The levels."""
+        return self.levels
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u, r = normed_rows(u, rnd)
         ops = kernels.of(u)
         private, ties = rnd.draw("Independent.bits"), rnd.draw("Independent.ties")
         if self.levels == 2:  # encode_levels gives the same bytes, but more slowly
-            sent = ops.encode_bits(u, r, private, ties, 1, torch.zeros(len(u), dtype=torch.int64), None, head=True)
-            return Messages.of(sent, rnd, u.shape[1])
-        code = ops.encode_levels(u, r, private, ties, self.levels)
-        return Messages.of(torch.cat([as_bytes(r[:, None]), code], 1), rnd, u.shape[1])
-
-    def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor]:
-        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
-        if self.levels == 2:
-            return payload[:, 4:], read_scale(payload)
-        code = kernels.of(payload).unpack(payload[:, 4:], msgs.d, self._bits)
-        if len(code) and int(code.max()) >= self.levels:
-            raise PayloadError(f"Independent(levels={self.levels}): a point lies outside 0..{self.levels - 1}.")
-        return code, read_scale(payload)
-
-    def decode(self, msgs: Messages, rnd: Round) -> Rows:
-        code, r = self._read(msgs, rnd)
-        ops = kernels.of(code)
-        return ops.decode_bits(code, r, msgs.d) if self.levels == 2 else ops.decode_levels(code, r, self.levels)
-
-    def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
-        code, r = self._read(msgs, rnd)
-        if self.levels == 2:
-            return kernels.of(code).mean_bits(code, r, msgs.d, rnd.cohort)
-        return kernels.of(code).mean_levels(code, r, self.levels, rnd.cohort).float()
+            place = torch.zeros(len(u), dtype=torch.int64)
+            payload = ops.encode_bits(u, r, private, ties, 1, place, None, head=True)
+        else:
+            payload = ops.encode_levels(u, r, private, ties, self.levels, head=True)
+        return Messages.of(payload, rnd, u.shape[1])
 
 
 @dataclass(frozen=True)
-class QSGD(Unbiased):
+class QSGD(ScaledCodes):
     """Stochastic rounding onto 2 s + 1 levels, each client on its own.
 
     u_j becomes r sign(u_j) xi_j / s, r = ||u||_2, xi_j one of the two integers around s |u_j| / r, unbiased.
@@ -139,8 +161,6 @@ class QSGD(Unbiased):
 
     References: arXiv:1610.02132; the exact omega is derived in docs/derivations/compressors.md.
     """
-
-    fixed_length = True
 
     levels: int = 1
 
@@ -154,30 +174,12 @@ class QSGD(Unbiased):
         return math.sqrt(d) / s - 1.0 if d >= 4 * s * s else d / (4.0 * s * s)
 
     @property
-    def _bits(self) -> int:
-        return (2 * self.levels).bit_length()
-
-    def capacity(self, n: int, d: int) -> int:
-        """4 + ceil(d ceil(log2(2 s + 1)) / 8) bytes, always all used."""
-        return 4 + (d * self._bits + 7) // 8
+    def points(self) -> int:
+        """2 s + 1."""
+        return 2 * self.levels + 1
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u, ops = checked_rows(u, rnd), kernels.of(u)
         r = checked_scale(ops.norms(u), rnd)
-        code = ops.encode_levels(u, r, rnd.draw("QSGD.levels"), rnd.draw("QSGD.ties"), 2 * self.levels + 1)
-        return Messages.of(torch.cat([as_bytes(r[:, None]), code], 1), rnd, u.shape[1])
-
-    def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor]:
-        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
-        code = kernels.of(payload).unpack(payload[:, 4:], msgs.d, self._bits)
-        if len(code) and int(code.max()) > 2 * self.levels:
-            raise PayloadError(f"QSGD(levels={self.levels}): a level lies outside 0..{2 * self.levels}.")
-        return code, read_scale(payload)
-
-    def decode(self, msgs: Messages, rnd: Round) -> Rows:
-        code, r = self._read(msgs, rnd)
-        return kernels.of(code).decode_levels(code, r, 2 * self.levels + 1)
-
-    def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
-        code, r = self._read(msgs, rnd)
-        return kernels.of(code).mean_levels(code, r, 2 * self.levels + 1, rnd.cohort).float()
+        payload = ops.encode_levels(u, r, rnd.draw("QSGD.levels"), rnd.draw("QSGD.ties"), self.points, head=True)
+        return Messages.of(payload, rnd, u.shape[1])

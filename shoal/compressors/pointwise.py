@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shoal import kernels, rng
-from shoal.compressors.dither import checked_scale, read_scale
+from shoal.compressors.dither import ScaledCodes, checked_scale, read_scale
 from shoal.core import Compressor, Messages, Round, Rows, Unbiased, Vector, as_bytes, checked_rows, finite_floats
 from shoal.errors import ConfigError, PayloadError
 
@@ -144,24 +144,26 @@ class Ternary(Unbiased):
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u, ops = checked_rows(u, rnd), kernels.of(u)
         r, d = ops.maxes(u), u.shape[1]
-        pairs = ops.encode_levels(u, r, rnd.draw("Ternary.levels"), rnd.draw("Ternary.ties"), 3)
-        return Messages.of(torch.cat([as_bytes(r[:, None]), ops.pack_trits(ops.unpack(pairs, d, 2))], 1), rnd, d)
+        return Messages.of(ops.encode_trits(u, r, rnd.draw("Ternary.levels"), rnd.draw("Ternary.ties")), rnd, d)
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor]:
-        payload, d = msgs.checked(self.capacity(rnd.n, msgs.d)), msgs.d
-        digits = payload[:, 4:].contiguous()
-        last = 3 ** (d - 5 * ((d - 1) // 5))
-        if len(digits) and (int(digits.max()) >= 243 or int(digits[:, -1].max()) >= last):
+        """(packed digits, scales)."""
+        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
+        return payload[:, 4:], read_scale(payload)
+
+    def _digits(self, decoded: tuple[Tensor, bool], d: int) -> Tensor:
+        values, bad = decoded
+        if bad:
             raise PayloadError(f"Ternary: a byte is not five digits in base 3, with zeros beyond d={d}.")
-        return kernels.of(digits).unpack_trits(digits, d), read_scale(payload)
+        return values
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         code, r = self._read(msgs, rnd)
-        return kernels.of(code).decode_levels(code, r, 3)
+        return self._digits(kernels.of(code).decode_trits(code, r, msgs.d), msgs.d)
 
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
         code, r = self._read(msgs, rnd)
-        return kernels.of(code).mean_levels(code, r, 3, rnd.cohort).float()
+        return self._digits(kernels.of(code).mean_trits(code, r, msgs.d, rnd.cohort), msgs.d)
 
 
 @dataclass(frozen=True)
@@ -191,17 +193,23 @@ class Natural(Unbiased):
         u = checked_rows(u, rnd, gain=lambda d: 2.0)
         return Messages.of(kernels.of(u).encode_natural(u, rnd.draw("Natural.bits")), rnd, u.shape[1])
 
+    def _powers(self, decoded: tuple[Tensor, bool]) -> Tensor:
+        values, bad = decoded
+        if bad:
+            raise PayloadError("Natural: the exponent 255 is no power of two in float32.")
+        return values
+
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         payload = msgs.checked(self.capacity(rnd.n, msgs.d))
-        ops = kernels.of(payload)
-        code = ops.unpack(payload, msgs.d, 9)
-        if bool(((code & 255) == 255).any()):
-            raise PayloadError("Natural: the exponent 255 is no power of two in float32.")
-        return ops.decode_natural(code)
+        return self._powers(kernels.of(payload).decode_natural(payload, msgs.d))
+
+    def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
+        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
+        return self._powers(kernels.of(payload).mean_natural(payload, msgs.d, rnd.cohort))
 
 
 @dataclass(frozen=True)
-class NaturalDithering(Unbiased):
+class NaturalDithering(ScaledCodes):
     """Natural dithering: stochastic rounding onto the norm times 0, 2^(1-s), ..., 1/2, 1.
 
     |u_j| / r becomes one of its two neighbors among these, unbiased, and keeps its sign; r = ||u||_2, and levels is the
@@ -212,8 +220,6 @@ class NaturalDithering(Unbiased):
 
     References: arXiv:1905.10988; omega is ours, docs/derivations/pointwise.md.
     """
-
-    fixed_length = True
 
     levels: int = 4
 
@@ -232,23 +238,20 @@ class NaturalDithering(Unbiased):
         return reach - 1.0 if reach >= 2.25 else 0.125 + 2.0 * reach**2 / 9.0
 
     @property
-    def _bits(self) -> int:
-        return (2 * self.levels).bit_length()
-
-    def capacity(self, n: int, d: int) -> int:
-        """4 + ceil(d ceil(log2(2 s + 1)) / 8) bytes, always all used."""
-        return 4 + (d * self._bits + 7) // 8
+    def points(self) -> int:
+        """2 s + 1."""
+        return 2 * self.levels + 1
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u, ops = checked_rows(u, rnd), kernels.of(u)
         r = checked_scale(ops.norms(u), rnd)
-        code = ops.encode_natural_levels(u, r, rnd.draw("NaturalDithering.levels"), self.levels)
-        return Messages.of(torch.cat([as_bytes(r[:, None]), code], 1), rnd, u.shape[1])
+        payload = ops.encode_natural_levels(u, r, rnd.draw("NaturalDithering.levels"), self.levels)
+        return Messages.of(payload, rnd, u.shape[1])
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
-        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
-        ops = kernels.of(payload)
-        code = ops.unpack(payload[:, 4:], msgs.d, self._bits)
-        if len(code) and int(code.max()) > 2 * self.levels:
-            raise PayloadError(f"NaturalDithering(levels={self.levels}): a level lies outside 0..{2 * self.levels}.")
-        return ops.decode_natural_levels(code, read_scale(payload), self.levels)
+        code, r = self._read(msgs, rnd)
+        return self._within(kernels.of(code).decode_natural_levels(code, r, self.levels, msgs.d))
+
+    def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
+        code, r = self._read(msgs, rnd)
+        return self._within(kernels.of(code).mean_natural_levels(code, r, self.levels, msgs.d, rnd.cohort))

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from shoal import kernels, rng
 from shoal.compressors.correlated import Correlated
-from shoal.compressors.dither import read_scale
-from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, Unbiased, Vector, as_bytes, checked_rows
+from shoal.compressors.dither import ScaledCodes
+from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, Unbiased, Vector, checked_rows
 from shoal.errors import ConfigError, NonFiniteError, PayloadError
 from shoal.theory import AB, independent
 
@@ -82,7 +82,7 @@ class Conditional(Compressor):
 
 
 @dataclass(frozen=True)
-class Grid(Unbiased):
+class Grid(ScaledCodes):
     """Stochastic rounding onto a grid as wide as the row's largest entry, each client on its own.
 
     u_j becomes one of the two grid points around it, unbiased; the grid has `levels` points r (2 i / (levels-1) - 1),
@@ -91,8 +91,6 @@ class Grid(Unbiased):
 
     References: docs/derivations/rotation.md; after a rotation (`Rotated(Grid(levels))`) it is that of arXiv:1611.00429.
     """
-
-    fixed_length = True
 
     levels: int = 2
 
@@ -106,33 +104,15 @@ class Grid(Unbiased):
         return q if self.levels % 2 == 0 else (math.sqrt(1.0 + 4.0 * q) - 1.0) / 2.0
 
     @property
-    def _bits(self) -> int:
-        return (self.levels - 1).bit_length()
-
-    def capacity(self, n: int, d: int) -> int:
-        """4 + ceil(d ceil(log2 levels) / 8) bytes, always all used."""
-        return 4 + (d * self._bits + 7) // 8
+    def points(self) -> int:
+        """The levels."""
+        return self.levels
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u, ops = checked_rows(u, rnd), kernels.of(u)
         r = ops.maxes(u)
-        code = ops.encode_levels(u, r, rnd.draw("Grid.levels"), rnd.draw("Grid.ties"), self.levels)
-        return Messages.of(torch.cat([as_bytes(r[:, None]), code], 1), rnd, u.shape[1])
-
-    def decode(self, msgs: Messages, rnd: Round) -> Rows:
-        code, r = self._read(msgs, rnd)
-        return kernels.of(code).decode_levels(code, r, self.levels)
-
-    def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
-        code, r = self._read(msgs, rnd)
-        return kernels.of(code).mean_levels(code, r, self.levels, rnd.cohort).float()
-
-    def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor]:
-        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
-        code = kernels.of(payload).unpack(payload[:, 4:], msgs.d, self._bits)
-        if len(code) and int(code.max()) >= self.levels:
-            raise PayloadError(f"Grid(levels={self.levels}): a level lies outside 0..{self.levels - 1}.")
-        return code, read_scale(payload)
+        payload = ops.encode_levels(u, r, rnd.draw("Grid.levels"), rnd.draw("Grid.ties"), self.levels, head=True)
+        return Messages.of(payload, rnd, u.shape[1])
 
 
 @dataclass(frozen=True)

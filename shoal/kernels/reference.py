@@ -24,6 +24,7 @@ __all__ = [
     "decode_natural",
     "decode_natural_levels",
     "decode_strata",
+    "decode_trits",
     "dots",
     "encode_bits",
     "encode_entropy",
@@ -31,6 +32,7 @@ __all__ = [
     "encode_natural",
     "encode_natural_levels",
     "encode_strata",
+    "encode_trits",
     "gather",
     "hadamard",
     "halves",
@@ -39,9 +41,12 @@ __all__ = [
     "mean_abs",
     "mean_bits",
     "mean_levels",
+    "mean_natural",
+    "mean_natural_levels",
     "mean_rows",
     "mean_sparse",
     "mean_strata",
+    "mean_trits",
     "norms",
     "outer",
     "pack",
@@ -272,12 +277,33 @@ def encode_levels(
     strata: int = 1,
     place: Tensor | None = None,
     shifts: Tensor | None = None,
+    head: bool = False,
 ) -> Tensor:
     """(m, ceil(d b / 8)) uint8: each coordinate rounded to a neighbor on `levels` grid points over [-r, r].
 
     code = floor(y) + [U < frac(y)], y = (u + r) (levels - 1) / (2 r), b = ceil(log2 levels) bits each, with the U of
-    `encode_bits`: uniform on [0, 1), and in the stratum (place_i + shifts_j) mod strata of it.
+    `encode_bits`: uniform on [0, 1), and in the stratum (place_i + shifts_j) mod strata of it. With `head`, the four
+    bytes of r_i stand before them.
     """
+    code = _rounded(u, r, private, tie, levels, strata, place, shifts)
+    packed = pack(torch.from_numpy(code), (levels - 1).bit_length())
+    return _headed(r, packed) if head else packed
+
+
+def _headed(r: Tensor, code: Tensor) -> Tensor:
+    return torch.cat([r[:, None].contiguous().view(torch.uint8), code], 1)
+
+
+def _rounded(
+    u: Tensor,
+    r: Tensor,
+    private: Draw,
+    tie: Draw,
+    levels: int,
+    strata: int = 1,
+    place: Tensor | None = None,
+    shifts: Tensor | None = None,
+) -> np.ndarray:
     d = u.shape[1]
     cell, frac = _cells(u, r, (levels - 1) * strata)
     y = cell + (levels - 1) * strata * 32768
@@ -286,22 +312,28 @@ def encode_levels(
     whole = y // (strata * 65536)
     t = y - whole * (strata * 65536) - (spot % strata) * 65536
     up = _below(_halves(private, d), t, _words(tie, d), frac)
-    code = np.clip(whole + up, 0, levels - 1).astype(np.int64)
-    return pack(torch.from_numpy(code), (levels - 1).bit_length())
+    return np.clip(whole + up, 0, levels - 1).astype(np.int64)
 
 
-def _grid(code: Tensor, r: Tensor, levels: int) -> np.ndarray:
-    return r.numpy().astype(np.float64)[:, None] * (2 * code.numpy() - (levels - 1)) / (levels - 1)
+def _grid(code: Tensor, r: Tensor, levels: int) -> tuple[np.ndarray, bool]:
+    c = code.numpy()
+    values = r.numpy().astype(np.float64)[:, None] * (2 * c - (levels - 1)) / (levels - 1)
+    return np.where(c < levels, values, np.nan), bool((c >= levels).any())
 
 
-def decode_levels(code: Tensor, r: Tensor, levels: int) -> Tensor:
-    """(m, d) float32 of (m, d) unpacked codes: r_i (2 code - (levels - 1)) / (levels - 1)."""
-    return torch.from_numpy(_grid(code, r, levels).astype(np.float32))
+def decode_levels(payload: Tensor, r: Tensor, levels: int, d: int) -> tuple[Tensor, bool]:
+    """(m, d) float32 of packed codes: r_i (2 code - (levels - 1)) / (levels - 1), or NaN where code >= levels.
+
+    And whether there is such a code.
+    """
+    values, beyond = _grid(unpack(payload, d, (levels - 1).bit_length()), r, levels)
+    return torch.from_numpy(values.astype(np.float32)), beyond
 
 
-def mean_levels(code: Tensor, r: Tensor, levels: int, cohort: int) -> Tensor:
-    """(d,) float64: (1/cohort) sum_i of the grid values, from row 0 to row m-1."""
-    return torch.from_numpy(_total(_grid(code, r, levels)) / cohort)
+def mean_levels(payload: Tensor, r: Tensor, levels: int, d: int, cohort: int) -> tuple[Tensor, bool]:
+    """(d,) float32: (1/cohort) sum_i of the grid values in float64, from row 0 to row m-1. And the same check."""
+    values, beyond = _grid(unpack(payload, d, (levels - 1).bit_length()), r, levels)
+    return torch.from_numpy((_total(values) / cohort).astype(np.float32)), beyond
 
 
 # ------------------------------------------------------------------------------------------------ grids with an offset
@@ -514,9 +546,29 @@ def pack_trits(code: Tensor) -> Tensor:
 
 
 def unpack_trits(payload: Tensor, count: int) -> Tensor:
-    """(m, count) int64 in 0..2: the inverse of `pack_trits`, for bytes below 243."""
-    digits = payload.numpy().astype(np.int64)[..., None] // TRITS % 3
-    return torch.from_numpy(np.ascontiguousarray(digits.reshape(len(payload), -1)[:, :count]))
+    """(m, count) int64: the inverse of `pack_trits`; a byte from 243 on, no five digits, becomes five times 3."""
+    byte = payload.numpy().astype(np.int64)[..., None]
+    digits = np.where(byte < 243, byte // TRITS % 3, 3).reshape(len(payload), -1)
+    return torch.from_numpy(np.ascontiguousarray(digits[:, :count]))
+
+
+def encode_trits(u: Tensor, r: Tensor, private: Draw, tie: Draw) -> Tensor:
+    """(m, 4 + ceil(d/5)) uint8: r_i, then the codes of `encode_levels` for three levels, as `pack_trits` has them."""
+    return _headed(r, pack_trits(torch.from_numpy(_rounded(u, r, private, tie, 3))))
+
+
+def decode_trits(payload: Tensor, r: Tensor, d: int) -> tuple[Tensor, bool]:
+    """(m, d) float32: r_i (digit - 1), or NaN. And whether a byte is not five digits in base 3, with zeros beyond d."""
+    code = unpack_trits(payload, 5 * payload.shape[1])
+    values, bad = _grid(code[:, :d], r, 3)
+    return torch.from_numpy(values.astype(np.float32)), bad or bool(code[:, d:].any())
+
+
+def mean_trits(payload: Tensor, r: Tensor, d: int, cohort: int) -> tuple[Tensor, bool]:
+    """(d,) float32: (1/cohort) sum_i r_i (digit - 1) in float64, from row 0 to row m-1. And the same check."""
+    code = unpack_trits(payload, 5 * payload.shape[1])
+    values, bad = _grid(code[:, :d], r, 3)
+    return torch.from_numpy((_total(values) / cohort).astype(np.float32)), bad or bool(code[:, d:].any())
 
 
 def encode_natural(u: Tensor, private: Draw) -> Tensor:
@@ -531,15 +583,23 @@ def encode_natural(u: Tensor, private: Draw) -> Tensor:
     return pack(torch.from_numpy(exponent.astype(np.int64) | (bits >> np.uint32(31)).astype(np.int64) << 8), 9)
 
 
-def decode_natural(code: Tensor) -> Tensor:
-    """(m, d) float32 of (m, d) unpacked codes of 9 bits, exponent 0..254: the powers of two that they name, or 0."""
-    c = code.numpy()
+def decode_natural(payload: Tensor, d: int) -> tuple[Tensor, bool]:
+    """(m, d) float32 of codes of 9 bits: the powers of two that they name, or 0. And whether an exponent is 255."""
+    c = unpack(payload, d, 9).numpy()
     bits = (c & 255) << 23 | (c >> 8) << 31
-    return torch.from_numpy(bits.astype(np.uint32).view(np.float32))
+    return torch.from_numpy(bits.astype(np.uint32).view(np.float32)), bool(((c & 255) == 255).any())
+
+
+def mean_natural(payload: Tensor, d: int, cohort: int) -> tuple[Tensor, bool]:
+    """(d,) float32: (1/cohort) sum_i of these powers in float64, from row 0 to row m-1. And the same check."""
+    rows, bad = decode_natural(payload, d)
+    with np.errstate(invalid="ignore"):  # infinities of both signs, where an exponent is 255
+        return mean_rows(rows, cohort).float(), bad
 
 
 def encode_natural_levels(u: Tensor, r: Tensor, private: Draw, levels: int) -> Tensor:
-    """(m, ceil(d b / 8)) uint8: |u_ij| / r_i rounded to a neighbor among 0, 2^(1-s), ..., 1/2, 1 (s = levels).
+    """(m, 4 + ceil(d b / 8)) uint8: r_i, then |u_ij| / r_i rounded to a neighbor among 0, 2^(1-s), ..., 1/2, 1
+    (s = levels).
 
     code = s + sign(u) l in b = ceil(log2(2 s + 1)) bits, level l standing for 2^(l-s) and l = 0 for 0. With
     t = |u| 2^(s-1) / r in float64, the upper neighbor is taken if (w + 1/2) 2^-32 < frac, w a uniform word, where frac
@@ -553,14 +613,25 @@ def encode_natural_levels(u: Tensor, r: Tensor, private: Draw, levels: int) -> T
     up = (_words(private, u.shape[1]).astype(np.float64) + 0.5) * 2.0**-32 < frac
     level = np.minimum(np.maximum(exponent, 0) + up, levels)
     code = np.where(u.numpy() < 0, levels - level, levels + level).astype(np.int64)
-    return pack(torch.from_numpy(code), (2 * levels).bit_length())
+    return _headed(r, pack(torch.from_numpy(code), (2 * levels).bit_length()))
 
 
-def decode_natural_levels(code: Tensor, r: Tensor, levels: int) -> Tensor:
-    """(m, d) float32 of (m, d) unpacked codes 0..2 s: sign(code - s) r_i 2^(|code - s| - s), and 0 at s."""
-    level = code.numpy() - levels
+def decode_natural_levels(payload: Tensor, r: Tensor, levels: int, d: int) -> tuple[Tensor, bool]:
+    """(m, d) float32 of packed codes: sign(code - s) r_i 2^(|code - s| - s), 0 at s, NaN above 2 s.
+
+    And whether there is such a code.
+    """
+    level = unpack(payload, d, (2 * levels).bit_length()).numpy() - levels
+    beyond = level > levels
     powers = np.where(level == 0, 0.0, np.sign(level) * 2.0 ** (np.abs(level) - float(levels)))
-    return torch.from_numpy((powers * r.numpy().astype(np.float64)[:, None]).astype(np.float32))
+    rows = np.where(beyond, np.nan, powers) * r.numpy().astype(np.float64)[:, None]
+    return torch.from_numpy(rows.astype(np.float32)), bool(beyond.any())
+
+
+def mean_natural_levels(payload: Tensor, r: Tensor, levels: int, d: int, cohort: int) -> tuple[Tensor, bool]:
+    """(d,) float32: (1/cohort) sum_i of these rows in float64, from row 0 to row m-1. And the same check."""
+    rows, beyond = decode_natural_levels(payload, r, levels, d)
+    return mean_rows(rows, cohort).float(), beyond
 
 
 # ------------------------------------------------------------------------------------------------ rotations

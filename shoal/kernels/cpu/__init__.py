@@ -7,8 +7,9 @@ lock. No fastmath: results are defined bit for bit, whatever the number of threa
 
 from shoal.kernels import reference
 from shoal.kernels.cpu.bits import decode_bits, encode_bits, mean_bits
+from shoal.kernels.cpu.codes import pack, pack_trits, unpack, unpack_trits
 from shoal.kernels.cpu.entropy import decode_entropy, encode_entropy
-from shoal.kernels.cpu.levels import decode_levels, encode_levels, mean_levels, pack, unpack
+from shoal.kernels.cpu.levels import decode_levels, decode_trits, encode_levels, encode_trits, mean_levels, mean_trits
 from shoal.kernels.cpu.lowrank import low_rank, outer
 from shoal.kernels.cpu.philox import below, halves, permutation, support, words
 from shoal.kernels.cpu.pointwise import (
@@ -17,9 +18,9 @@ from shoal.kernels.cpu.pointwise import (
     encode_natural,
     encode_natural_levels,
     mean_abs,
-    pack_trits,
+    mean_natural,
+    mean_natural_levels,
     sign_bits,
-    unpack_trits,
 )
 from shoal.kernels.cpu.rotation import dots, hadamard, rademacher
 from shoal.kernels.cpu.sparse import gather, mean_sparse, scatter, topk

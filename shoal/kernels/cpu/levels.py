@@ -1,4 +1,4 @@
-"""Stochastic rounding to a few points a coordinate, and streams of b-bit numbers."""
+"""Stochastic rounding to a few points a coordinate: from floats to packed bytes, and back, without a stop in memory."""
 
 from __future__ import annotations
 
@@ -8,49 +8,112 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.bits import NO_SHIFTS, V, cell_scale
-from shoal.kernels.cpu.philox import TILE, fill_halves, key, word
+from shoal.kernels.cpu.codes import ROOM, SPAN, TRITS, pack_tile, room
+from shoal.kernels.cpu.philox import fill_halves, key, word
+from shoal.kernels.cpu.tables import decode_table, mean_table
+from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.draw import Draw
+
+NARROW = 1 << 15  # (levels - 1) strata below which a coordinate's 16-bit cell and all sums with it fit an int32
+
+
+@njit
+def _cells(x, h, code, lift, s, reach):
+    """code: floor(y + (65535 - h) / 65536) = floor(y) + [h < 16 bits of frac(y)]; how many coordinates tie, about."""
+    ties, base = 0, np.int32(reach) + np.int32(65535)
+    for j in range(x.size):
+        z = (x[j] * lift) * s
+        z = min(max(z, -reach), reach)  # rounding may have carried it an ulp beyond the last point
+        q = np.int32(np.int32(np.floor(z)) + base - h[j])
+        code[j] = np.uint16(q >> 16)
+        ties += (q & 65535) == 65535
+    return ties
+
+
+@njit
+def _strata(x, h, code, shift, spot, lift, s, reach, strata):
+    """The same where U lies in the stratum spot + shift_j: code = floor((cell + strata - 1 - place) / strata)."""
+    ties, base, inverse = 0, np.int32(reach) + np.int32(65535), np.float32(1) / np.float32(strata)
+    for j in range(x.size):
+        p = np.int32(spot + shift[j])
+        p = np.int32(p - strata) if p >= strata else p
+        z = (x[j] * lift) * s
+        z = min(max(z, -reach), reach)
+        q = np.int32(np.int32(np.floor(z)) + base - h[j])
+        # cell < 2^16: half of 1/strata away from an integer, the product's rounding cannot reach it.
+        cell = np.float32(np.int32((q >> 16) + (strata - 1 - p))) + np.float32(0.5)
+        code[j] = np.uint16(np.int32(cell * inverse))
+        ties += (q & 65535) == 65535
+    return ties
+
+
+@njit
+def _wide(x, h, code, shift, spot, lift, s, levels, strata):
+    """The same in 64 bits, for any number of strata."""
+    ties, base, width = 0, (levels - 1) * strata * 32768, strata * 65536
+    for j in range(x.size):
+        p = spot + np.int64(shift[j])
+        p = p - strata if p >= strata else p
+        y = np.int64(np.floor((x[j] * lift) * s)) + base
+        whole = y // width
+        t = y - whole * width - (p << 16)
+        ties += h[j] == t
+        code[j] = np.uint16(min(max(whole + np.int64(h[j] < t), 0), levels - 1))
+    return ties
+
+
+@njit
+def _settle(x, h, code, lo, shift, spot, lift, s, levels, strata, slot, index, tie, k0, k1):
+    """Decide the coordinates that tie by their second word."""
+    base, width = (levels - 1) * strata * 32768, strata * 65536
+    for j in range(x.size):
+        p = 0 if strata == 1 else (spot + np.int64(shift[j])) % strata
+        z = (x[j] * lift) * s
+        cell = np.floor(z)
+        y = np.int64(cell) + base
+        whole = y // width
+        if h[j] == y - whole * width - (p << 16):
+            up = np.float32(word(lo + j, slot, index, tie, k0, k1) >> np.uint64(8)) * V < z - cell
+            code[j] = np.uint16(min(max(whole + np.int64(up), 0), levels - 1))
 
 
 @njit(cache=True, nogil=True)
-def _encode_levels(u, r, out, slots, index, stream, tie, k0, k1, levels, strata, place, shifts):
+def _encode_levels(u, r, out, start, slots, index, stream, tie, k0, k1, levels, strata, place, shifts, bits, low, high):
+    """Tiles low..high-1 of all rows."""
+    d = u.shape[1]
+    tiles, steps = (d + SPAN - 1) // SPAN, (levels - 1) * strata
+    h, code, buffer = np.empty(SPAN, np.int32), np.empty(SPAN, np.uint16), np.empty(ROOM, np.uint8)
+    for t in range(low, high):
+        i, lo = t // tiles, t % tiles * SPAN
+        count, slot, spot = min(SPAN, d - lo), np.uint64(slots[i]), np.int64(place[i])
+        x, shift = u[i, lo : lo + count], shifts[lo : lo + count]
+        lift, s = cell_scale(r[i], steps)
+        fill_halves(h[: (count + 127) // 128 * 128], lo // 128, slot, index, stream, k0, k1)
+        if strata == 1:
+            ties = _cells(x, h, code, lift, s, np.float32(steps * 32768))
+        elif steps < NARROW:
+            ties = _strata(x, h, code, shift, np.int32(spot), lift, s, np.float32(steps * 32768), np.int32(strata))
+        else:
+            ties = _wide(x, h, code, shift, spot, lift, s, levels, strata)
+        if ties:
+            _settle(x, h, code, lo, shift, spot, lift, s, levels, strata, slot, index, tie, k0, k1)
+        at = start + room(lo, bits)
+        pack_tile(code, count, out[i, at : at + room(count, bits)], buffer, bits)
+
+
+def _encoded(
+    u: Tensor, r: Tensor, private: Draw, tie: Draw, levels: int, bits: int, strata: int, place: np.ndarray,
+    shifts: np.ndarray, start: int,
+) -> Tensor:  # fmt: skip
     m, d = u.shape
-    h = np.empty(TILE, np.int32)
-    base, width = (levels - 1) * strata * 32768, strata * 65536
-    for i in range(m):
-        slot, spot = np.uint64(slots[i]), np.int64(place[i])
-        lift, s = cell_scale(r[i], (levels - 1) * strata)
-        for lo in range(0, d, TILE):
-            count = min(TILE, d - lo)
-            fill_halves(h[: (count + 127) // 128 * 128], lo // 128, slot, index, stream, k0, k1)
-            x = u[i, lo : lo + count]
-            ties = 0
-            if strata == 1:
-                for j in range(count):
-                    y = np.int64(np.floor((x[j] * lift) * s)) + base
-                    t = y & 65535
-                    ties += h[j] == t
-                    out[i, lo + j] = min(max((y >> 16) + np.int64(h[j] < t), 0), levels - 1)
-            else:
-                shift = shifts[lo : lo + count]
-                for j in range(count):
-                    p = spot + np.int64(shift[j])
-                    p = p - strata if p >= strata else p
-                    y = np.int64(np.floor((x[j] * lift) * s)) + base
-                    whole = y // width
-                    t = y - whole * width - (p << 16)
-                    ties += h[j] == t
-                    out[i, lo + j] = min(max(whole + np.int64(h[j] < t), 0), levels - 1)
-            if ties:
-                for j in range(count):
-                    p = 0 if strata == 1 else (spot + np.int64(shifts[lo + j])) % strata
-                    z = (x[j] * lift) * s
-                    cell = np.floor(z)
-                    y = np.int64(cell) + base
-                    whole = y // width
-                    if h[j] == y - whole * width - (p << 16):
-                        up = np.float32(word(lo + j, slot, index, tie, k0, k1) >> np.uint64(8)) * V < z - cell
-                        out[i, lo + j] = min(max(whole + np.int64(up), 0), levels - 1)
+    out = np.empty((m, start + room(d, bits)), np.uint8)
+    if start:
+        out[:, :start] = r.numpy().view(np.uint8).reshape(m, start)
+    index, stream, k0, k1 = key(private)
+    head = (u.numpy(), r.numpy(), out, start, private.slots.numpy(), index, stream, np.uint64(tie.stream), k0, k1)
+    tail = (levels, strata, place, shifts, bits)
+    spread(lambda low, high: _encode_levels(*head, *tail, low, high), m * -(-d // SPAN), least=LEAST // SPAN)
+    return torch.from_numpy(out)
 
 
 def encode_levels(
@@ -62,89 +125,50 @@ def encode_levels(
     strata: int = 1,
     place: Tensor | None = None,
     shifts: Tensor | None = None,
+    head: bool = False,
 ) -> Tensor:
-    code = np.empty(u.shape, np.int64)
-    index, stream, k0, k1 = key(private)
     shift = NO_SHIFTS if shifts is None else shifts.numpy().reshape(-1)
     if shifts is None and strata > 1:
         shift = np.zeros(u.shape[1], np.int32)
     spot = np.zeros(len(u), np.int64) if place is None else place.numpy()
-    _encode_levels(
-        u.numpy(), r.numpy(), code, private.slots.numpy(), index, stream, np.uint64(tie.stream), k0, k1, levels, strata,
-        spot, shift,
-    )  # fmt: skip
-    return pack(torch.from_numpy(code), (levels - 1).bit_length())
+    return _encoded(u, r, private, tie, levels, (levels - 1).bit_length(), strata, spot, shift, 4 if head else 0)
 
 
 @njit(cache=True, nogil=True)
-def _decode_levels(code, r, out, levels):
+def _level_values(r, levels, codes, out):
     for i in range(out.shape[0]):
-        ri = np.float64(r[i])
-        for j in range(out.shape[1]):
-            out[i, j] = np.float32(ri * np.float64(2 * code[i, j] - (levels - 1)) / np.float64(levels - 1))
+        for k in range(out.shape[1]):
+            c = k % codes
+            v = np.float64(r[i]) * np.float64(2 * c - (levels - 1)) / np.float64(levels - 1)
+            out[i, k] = v if c < levels else np.nan
 
 
-def decode_levels(code: Tensor, r: Tensor, levels: int) -> Tensor:
-    out = np.empty(code.shape, np.float32)
-    _decode_levels(code.numpy(), r.numpy(), out, levels)
-    return torch.from_numpy(out)
+def _values(r: Tensor, levels: int, bits: int, dtype: type) -> np.ndarray:
+    """The numbers of all codes, as `decode_table` has them: NaN for what no encoder writes; none where it is long."""
+    codes = 4 if bits == TRITS else 1 << bits
+    out = np.empty((len(r), 0 if bits > 8 else max(codes, 16)), dtype)
+    _level_values(r.numpy(), levels, codes, out)
+    return out
 
 
-@njit(cache=True, nogil=True)
-def _mean_levels(code, r, out, levels, cohort):
-    out[:] = 0.0
-    for i in range(code.shape[0]):
-        ri = np.float64(r[i])
-        for j in range(out.size):
-            out[j] += ri * np.float64(2 * code[i, j] - (levels - 1)) / np.float64(levels - 1)
-    for j in range(out.size):
-        out[j] /= cohort
+def decode_levels(payload: Tensor, r: Tensor, levels: int, d: int) -> tuple[Tensor, bool]:
+    bits = (levels - 1).bit_length()
+    return decode_table(payload, r.numpy(), _values(r, levels, bits, np.float32), bits, levels, d)
 
 
-def mean_levels(code: Tensor, r: Tensor, levels: int, cohort: int) -> Tensor:
-    out = np.empty(code.shape[1])
-    _mean_levels(code.numpy(), r.numpy(), out, levels, cohort)
-    return torch.from_numpy(out)
+def mean_levels(payload: Tensor, r: Tensor, levels: int, d: int, cohort: int) -> tuple[Tensor, bool]:
+    bits = (levels - 1).bit_length()
+    return mean_table(payload, r.numpy(), _values(r, levels, bits, np.float64), bits, levels, d, cohort)
 
 
-@njit(cache=True, nogil=True)
-def _pack(values, out, bits):
-    for i in range(values.shape[0]):
-        held, count, at = np.uint64(0), 0, 0
-        for j in range(values.shape[1]):
-            held |= np.uint64(values[i, j]) << np.uint64(count)
-            count += bits
-            while count >= 8:
-                out[i, at] = np.uint8(held & np.uint64(0xFF))
-                held >>= np.uint64(8)
-                count -= 8
-                at += 1
-        if count:
-            out[i, at] = np.uint8(held & np.uint64(0xFF))
+def encode_trits(u: Tensor, r: Tensor, private: Draw, tie: Draw) -> Tensor:
+    place = np.zeros(len(u), np.int64)
+    return _encoded(u, r, private, tie, 3, TRITS, 1, place, NO_SHIFTS, 4)
 
 
-def pack(values: Tensor, bits: int) -> Tensor:
-    out = np.empty((len(values), (values.shape[1] * bits + 7) // 8), np.uint8)
-    _pack(values.numpy(), out, bits)
-    return torch.from_numpy(out)
+def decode_trits(payload: Tensor, r: Tensor, d: int) -> tuple[Tensor, bool]:
+    return decode_table(payload, r.numpy(), _values(r, 3, TRITS, np.float32), TRITS, 3, d)
 
 
-@njit(cache=True, nogil=True)
-def _unpack(payload, out, bits):
-    mask = np.uint64((1 << bits) - 1)
-    for i in range(out.shape[0]):
-        held, count, at = np.uint64(0), 0, 0
-        for j in range(out.shape[1]):
-            while count < bits:
-                held |= np.uint64(payload[i, at]) << np.uint64(count)
-                count += 8
-                at += 1
-            out[i, j] = np.int64(held & mask)
-            held >>= np.uint64(bits)
-            count -= bits
-
-
-def unpack(payload: Tensor, count: int, bits: int) -> Tensor:
-    out = np.empty((len(payload), count), np.int64)
-    _unpack(payload.numpy(), out, bits)
-    return torch.from_numpy(out)
+def mean_trits(payload: Tensor, r: Tensor, d: int, cohort: int) -> tuple[Tensor, bool]:
+    return mean_table(payload, r.numpy(), _values(r, 3, TRITS, np.float64), TRITS, 3, d, cohort)

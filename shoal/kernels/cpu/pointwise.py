@@ -1,4 +1,4 @@
-"""Signs, three levels, powers of two."""
+"""Signs and powers of two."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.bits import pack_flags
-from shoal.kernels.cpu.levels import pack
-from shoal.kernels.cpu.philox import TILE, fill_words, key
+from shoal.kernels.cpu.codes import ROOM, SPAN, bytes_of, pack_tile, room, unpack_tile
+from shoal.kernels.cpu.philox import fill_words, key
 from shoal.kernels.cpu.sums import added_lanes, block_sums
+from shoal.kernels.cpu.tables import decode_table, mean_table
+from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.draw import Draw
 from shoal.kernels.reference import LANES, SUM_BLOCK
 
@@ -37,138 +39,177 @@ def mean_abs(u: Tensor) -> Tensor:
 
 
 @njit(cache=True, nogil=True)
-def _sign_bits(u, out):
+def _sign_bits(u, out, low, high):
     d = u.shape[1]
-    flags = np.zeros(TILE, np.uint8)
-    for i in range(u.shape[0]):
-        for lo in range(0, d, TILE):
-            count = min(TILE, d - lo)
-            for j in range(count):
-                flags[j] = u[i, lo + j] >= np.float32(0)
-            flags[count : (count + 7) // 8 * 8] = 0
-            pack_flags(flags[: (count + 7) // 8 * 8], out[i, lo // 8 : (lo + count + 7) // 8])
+    tiles, flags = (d + SPAN - 1) // SPAN, np.zeros(SPAN, np.uint8)
+    for t in range(low, high):
+        i, lo = t // tiles, t % tiles * SPAN
+        count = min(SPAN, d - lo)
+        x, size = u[i, lo : lo + count], (count + 7) // 8
+        for j in range(count):
+            flags[j] = x[j] >= np.float32(0)
+        flags[count : 8 * size] = 0
+        pack_flags(flags[: 8 * size], out[i, lo // 8 : lo // 8 + size])
 
 
 def sign_bits(u: Tensor) -> Tensor:
-    out = np.empty((len(u), (u.shape[1] + 7) // 8), np.uint8)
-    _sign_bits(u.numpy(), out)
+    (m, d), x = u.shape, u.numpy()
+    out = np.empty((m, (d + 7) // 8), np.uint8)
+    spread(lambda low, high: _sign_bits(x, out, low, high), m * -(-d // SPAN), least=LEAST // SPAN)
     return torch.from_numpy(out)
 
 
-@njit(cache=True, nogil=True)
-def _pack_trits(code, out):
-    d = code.shape[1]
-    for i in range(code.shape[0]):
-        for b in range(d // 5):
-            c = code[i, 5 * b : 5 * b + 5]
-            out[i, b] = np.uint8(c[0] + 3 * c[1] + 9 * c[2] + 27 * c[3] + 81 * c[4])
-        if d % 5:
-            byte = 0
-            for j in range(d - 1, d // 5 * 5 - 1, -1):
-                byte = 3 * byte + code[i, j]
-            out[i, d // 5] = np.uint8(byte)
-
-
-def pack_trits(code: Tensor) -> Tensor:
-    out = np.empty((len(code), (code.shape[1] + 4) // 5), np.uint8)
-    _pack_trits(code.numpy(), out)
-    return torch.from_numpy(out)
+# ------------------------------------------------------------------------------------------------ powers of two
+@njit
+def _carried(bits, words, code):
+    for j in range(bits.size):
+        exponent = ((bits[j] & np.uint32(0x7FFFFFFF)) + (words[j] >> np.uint32(9))) >> np.uint32(23)
+        code[j] = np.uint16(exponent | ((bits[j] >> np.uint32(31)) << np.uint32(8)))
 
 
 @njit(cache=True, nogil=True)
-def _unpack_trits(payload, out):
-    d = out.shape[1]
-    for i in range(out.shape[0]):
-        for b in range((d + 4) // 5):
-            byte = np.uint32(payload[i, b])
-            for j in range(5 * b, min(5 * b + 5, d)):
-                out[i, j] = byte % np.uint32(3)
-                byte //= np.uint32(3)
-
-
-def unpack_trits(payload: Tensor, count: int) -> Tensor:
-    out = np.empty((len(payload), count), np.int64)
-    _unpack_trits(payload.numpy(), out)
-    return torch.from_numpy(out)
-
-
-@njit(cache=True, nogil=True)
-def _encode_natural(bits, out, slots, index, stream, k0, k1):
+def _encode_natural(bits, out, slots, index, stream, k0, k1, low, high):
     d = bits.shape[1]
-    tile = np.empty(TILE, np.uint32)
-    for i in range(bits.shape[0]):
-        for lo in range(0, d, TILE):
-            count = min(TILE, d - lo)
-            fill_words(tile[: (count + 63) // 64 * 64], lo // 64, np.uint64(slots[i]), index, stream, k0, k1)
-            for j in range(count):
-                b = np.int64(bits[i, lo + j])
-                exponent = ((b & 0x7FFFFFFF) + (np.int64(tile[j]) >> 9)) >> 23
-                out[i, lo + j] = exponent | ((b >> 31) << 8)
+    tiles = (d + SPAN - 1) // SPAN
+    words, code, buffer = np.empty(SPAN, np.uint32), np.empty(SPAN, np.uint16), np.empty(ROOM, np.uint8)
+    for t in range(low, high):
+        i, lo = t // tiles, t % tiles * SPAN
+        count, at = min(SPAN, d - lo), room(lo, 9)
+        fill_words(words[: (count + 63) // 64 * 64], lo // 64, np.uint64(slots[i]), index, stream, k0, k1)
+        _carried(bits[i, lo : lo + count], words, code)
+        pack_tile(code, count, out[i, at : at + room(count, 9)], buffer, 9)
 
 
 def encode_natural(u: Tensor, private: Draw) -> Tensor:
-    code = np.empty(u.shape, np.int64)
-    _encode_natural(u.numpy().view(np.uint32), code, private.slots.numpy(), *key(private))
-    return pack(torch.from_numpy(code), 9)
+    m, d = u.shape
+    out = np.empty((m, (9 * d + 7) // 8), np.uint8)
+    arguments = (u.numpy().view(np.uint32), out, private.slots.numpy(), *key(private))
+    spread(lambda low, high: _encode_natural(*arguments, low, high), m * -(-d // SPAN), least=LEAST // SPAN)
+    return torch.from_numpy(out)
+
+
+@njit
+def _powers(row, code, buffer, out):
+    """out: float32's bits of the powers of two; whether some exponent is 255."""
+    unpack_tile(row, code, buffer, 9)
+    bad = np.uint16(0)
+    for j in range(out.size):
+        bad |= ((code[j] & np.uint16(255)) + np.uint16(1)) & np.uint16(256)
+        c = np.uint32(code[j])
+        out[j] = ((c & np.uint32(255)) << np.uint32(23)) | ((c >> np.uint32(8)) << np.uint32(31))
+    return bad != 0
 
 
 @njit(cache=True, nogil=True)
-def _decode_natural(code, out):
-    for i in range(out.shape[0]):
-        for j in range(out.shape[1]):
-            c = np.uint32(code[i, j])
-            out[i, j] = ((c & np.uint32(255)) << np.uint32(23)) | ((c >> np.uint32(8)) << np.uint32(31))
+def _decode_natural(flat, stride, out, low, high):
+    d, bad = out.shape[1], False
+    tiles, code, buffer = (d + SPAN - 1) // SPAN, np.empty(SPAN, np.uint16), np.empty(ROOM, np.uint8)
+    for t in range(low, high):
+        i, lo = t // tiles, t % tiles * SPAN
+        count, at = min(SPAN, d - lo), i * stride + room(lo, 9)
+        bad |= _powers(flat[at : at + room(count, 9)], code, buffer, out[i, lo : lo + count])
+    return bad
 
 
-def decode_natural(code: Tensor) -> Tensor:
-    out = np.empty(code.shape, np.uint32)
-    _decode_natural(code.numpy(), out)
-    return torch.from_numpy(out.view(np.float32))
+def decode_natural(payload: Tensor, d: int) -> tuple[Tensor, bool]:
+    m, out = len(payload), np.empty((len(payload), d), np.uint32)
+    flat, stride = bytes_of(payload)
+    found: list[bool] = []
+    tiles = m * -(-d // SPAN)
+    spread(lambda low, high: found.append(_decode_natural(flat, stride, out, low, high)), tiles, least=LEAST // SPAN)
+    return torch.from_numpy(out.view(np.float32)), any(found)
 
 
+@njit(cache=True, nogil=True)
+def _mean_natural(flat, stride, m, out, cohort, low, high):
+    bad, acc, bits = False, np.empty(SPAN), np.empty(SPAN, np.uint32)
+    code, buffer, values = np.empty(SPAN, np.uint16), np.empty(ROOM, np.uint8), bits.view(np.float32)
+    for lo in range(low, high, SPAN):
+        count = min(SPAN, high - lo)
+        acc[:] = 0.0
+        for i in range(m):
+            at = i * stride + room(lo, 9)
+            bad |= _powers(flat[at : at + room(count, 9)], code, buffer, bits[:count])
+            for j in range(count):
+                acc[j] += np.float64(values[j])
+        for j in range(count):
+            out[lo + j] = np.float32(acc[j] / cohort)
+    return bad
+
+
+def mean_natural(payload: Tensor, d: int, cohort: int) -> tuple[Tensor, bool]:
+    m, out = len(payload), np.empty(d, np.float32)
+    flat, stride = bytes_of(payload)
+    head = (flat, stride, m, out, cohort)
+    found: list[bool] = []
+    least = max(SPAN, LEAST // max(m, 1))
+    spread(lambda low, high: found.append(_mean_natural(*head, low, high)), d, unit=SPAN, least=least)
+    return torch.from_numpy(out), any(found)
+
+
+# ------------------------------------------------------------------------------------------------ halves of a scale
 _MANTISSA = (1 << 52) - 1
 
 
-@njit(cache=True, nogil=True)
-def _encode_natural_levels(u, r, out, slots, index, stream, k0, k1, levels, top):
-    d = u.shape[1]
-    tile, t = np.empty(TILE, np.uint32), np.empty(TILE)
+@njit
+def _halved(x, words, t, code, scale, top, levels):
     bits = t.view(np.int64)
-    for i in range(u.shape[0]):
-        ri = np.float64(r[i])
-        for lo in range(0, d, TILE):
-            count = min(TILE, d - lo)
-            fill_words(tile[: (count + 63) // 64 * 64], lo // 64, np.uint64(slots[i]), index, stream, k0, k1)
-            x = u[i, lo : lo + count]
-            for j in range(count):
-                t[j] = abs(np.float64(x[j])) * top / ri if ri > 0.0 else 0.0
-            for j in range(count):
-                exponent = max((bits[j] >> 52) - 1022, 0)  # frexp's, by the bits of a float64 that is never denormal
-                frac = np.float64(bits[j] & _MANTISSA) * 2.0**-52 if exponent > 0 else t[j]
-                up = np.int64((np.float64(tile[j]) + 0.5) * 2.0**-32 < frac)
-                level = min(exponent + up, levels)
-                out[i, lo + j] = levels - level if x[j] < np.float32(0) else levels + level
+    for j in range(x.size):
+        t[j] = abs(np.float64(x[j])) * top / scale
+    for j in range(x.size):
+        exponent = max((bits[j] >> 52) - 1022, 0)  # frexp's, by the bits of a float64 that is never denormal
+        frac = np.float64(bits[j] & _MANTISSA) * 2.0**-52 if exponent > 0 else t[j]
+        up = np.int64((np.float64(words[j]) + 0.5) * 2.0**-32 < frac)
+        level = min(exponent + up, levels)
+        code[j] = np.uint16(levels - level if x[j] < np.float32(0) else levels + level)
+
+
+@njit(cache=True, nogil=True)
+def _encode_natural_levels(u, r, out, start, slots, index, stream, k0, k1, levels, top, bits, low, high):
+    d = u.shape[1]
+    tiles, words, t = (d + SPAN - 1) // SPAN, np.empty(SPAN, np.uint32), np.empty(SPAN)
+    code, buffer = np.empty(SPAN, np.uint16), np.empty(ROOM, np.uint8)
+    for n in range(low, high):
+        i, lo = n // tiles, n % tiles * SPAN
+        count, at = min(SPAN, d - lo), start + room(lo, bits)
+        if r[i] > np.float32(0):
+            fill_words(words[: (count + 63) // 64 * 64], lo // 64, np.uint64(slots[i]), index, stream, k0, k1)
+            _halved(u[i, lo : lo + count], words, t, code, np.float64(r[i]), top, levels)
+        else:
+            code[:count] = levels
+        pack_tile(code, count, out[i, at : at + room(count, bits)], buffer, bits)
 
 
 def encode_natural_levels(u: Tensor, r: Tensor, private: Draw, levels: int) -> Tensor:
-    code = np.empty(u.shape, np.int64)
-    top = 2.0 ** (levels - 1)
-    _encode_natural_levels(u.numpy(), r.numpy(), code, private.slots.numpy(), *key(private), levels, top)
-    return pack(torch.from_numpy(code), (2 * levels).bit_length())
+    (m, d), bits = u.shape, (2 * levels).bit_length()
+    out = np.empty((m, 4 + (d * bits + 7) // 8), np.uint8)
+    out[:, :4] = r.numpy().view(np.uint8).reshape(m, 4)
+    head = (u.numpy(), r.numpy(), out, 4, private.slots.numpy(), *key(private), levels, 2.0 ** (levels - 1), bits)
+    spread(lambda low, high: _encode_natural_levels(*head, low, high), m * -(-d // SPAN), least=LEAST // SPAN)
+    return torch.from_numpy(out)
 
 
 @njit(cache=True, nogil=True)
-def _decode_natural_levels(code, r, table, out, levels):
+def _natural_values(r, levels, codes, out):
     for i in range(out.shape[0]):
-        ri = np.float64(r[i])
-        for j in range(out.shape[1]):
-            level = code[i, j] - levels
-            value = np.float32(table[abs(level)] * ri)
-            out[i, j] = -value if level < 0 else value
+        for k in range(out.shape[1]):
+            level = k % codes - levels
+            value = np.float32(0 if level == 0 else 2.0 ** np.float64(abs(level) - levels) * np.float64(r[i]))
+            out[i, k] = np.nan if level > levels else -value if level < 0 else value
 
 
-def decode_natural_levels(code: Tensor, r: Tensor, levels: int) -> Tensor:
-    out = np.empty(code.shape, np.float32)
-    table = np.array([0.0] + [2.0 ** (level - levels) for level in range(1, levels + 1)])
-    _decode_natural_levels(code.numpy(), r.numpy(), table, out, levels)
-    return torch.from_numpy(out)
+def _values(r: Tensor, levels: int, dtype: type) -> np.ndarray:
+    codes = 1 << (2 * levels).bit_length()
+    out = np.empty((len(r), max(codes, 16)), dtype)
+    _natural_values(r.numpy(), levels, codes, out)
+    return out
+
+
+def decode_natural_levels(payload: Tensor, r: Tensor, levels: int, d: int) -> tuple[Tensor, bool]:
+    values = _values(r, levels, np.float32)
+    return decode_table(payload, r.numpy(), values, (2 * levels).bit_length(), 2 * levels + 1, d)
+
+
+def mean_natural_levels(payload: Tensor, r: Tensor, levels: int, d: int, cohort: int) -> tuple[Tensor, bool]:
+    values = _values(r, levels, np.float64)
+    return mean_table(payload, r.numpy(), values, (2 * levels).bit_length(), 2 * levels + 1, d, cohort)
