@@ -70,7 +70,7 @@ def encoded(compressor: Compressor, u: torch.Tensor, index: int = 0) -> tuple[Me
 
 
 # ------------------------------------------------------------------------------------------------ bytes
-def paper_bytes(c: Compressor, n: int, d: int) -> int:
+def paper_bytes(c: Compressor, n: int, d: int) -> int | set[int]:
     """Bytes of all n messages together, from the papers' formulas."""
     if isinstance(c, pointwise_laws.KINDS):
         return pointwise_laws.total_bytes(c, n, d)
@@ -105,7 +105,8 @@ def test_lengths_are_the_papers_and_within_capacity(compressor, n, d):
         return
     for family in ("gaussian", "zeros"):
         msgs, _ = encoded(compressor, inputs(family, n, d))
-        assert int(msgs.nbytes.sum()) == paper_bytes(compressor, n, d)
+        expected, total = paper_bytes(compressor, n, d), int(msgs.nbytes.sum())
+        assert total in expected if isinstance(expected, set) else total == expected
         assert int(msgs.nbytes.max()) <= compressor.capacity(n, d)
         assert (msgs.payload.dtype, msgs.nbytes.dtype, msgs.slots.dtype) == (torch.uint8, torch.int64, torch.int64)
         for row, size in zip(msgs.payload, msgs.nbytes, strict=True):

@@ -105,6 +105,28 @@ def sparse(ops: ModuleType, v: Inputs, name: str) -> Tensor:
     return getattr(ops, name)(values, index, pointer, v.d, *tail)
 
 
+def dealt(ops: ModuleType, v: Inputs, name: str) -> list[Tensor]:
+    """One part, few, as many as coordinates, and more; rows that share a part."""
+    out, shared = [], v.private._replace(slots=torch.tensor([0xFFFFFFFF]))
+    for parts in sorted({1, 2, 3, 16, 130, max(1, v.d - 1), v.d, v.d + 3}):
+        part, width = torch.from_numpy(v.rng.integers(0, parts, v.m)), -(-v.d // parts)
+        lengths = reference.dealt_lengths(shared, part, parts, v.d)
+        values = reference.gather_dealt(v.u, shared, part, parts, width)
+        out.append({
+            "dealt_lengths": lambda lengths=lengths, part=part, parts=parts: ops.dealt_lengths(shared, part, parts, v.d),
+            "gather_dealt": lambda part=part, parts=parts, width=width: ops.gather_dealt(
+                v.u, shared, part, parts, width
+            ),
+            "scatter_dealt": lambda values=values, part=part, parts=parts: ops.scatter_dealt(
+                values, shared, part, parts, v.d, 1 / 3
+            ),
+            "mean_dealt": lambda values=values, part=part, parts=parts: ops.mean_dealt(
+                values, shared, part, parts, v.d, v.d / 3, 7
+            ),
+        }[name]())
+    return out
+
+
 CASES: dict[str, Callable[[ModuleType, Inputs], object]] = {
     "add_rows": added,
     "decode_bits": lambda ops, v: ops.decode_bits(v.bytes, v.r, v.d),
@@ -134,6 +156,10 @@ CASES: dict[str, Callable[[ModuleType, Inputs], object]] = {
     "words": lambda ops, v: ops.words(v.private, v.d),
 }
 
+CASES |= {
+    name: lambda ops, v, name=name: dealt(ops, v, name)  # type: ignore[misc]
+    for name in ("dealt_lengths", "gather_dealt", "mean_dealt", "scatter_dealt")
+}
 CASES |= {
     "decode_natural_levels": lambda ops, v: [
         ops.decode_natural_levels(v.codes(2 * s + 1), v.r, s) for s in (1, 2, 7, 127)

@@ -15,6 +15,7 @@ from shoal.kernels.draw import Draw
 
 __all__ = [
     "add_rows",
+    "dealt_lengths",
     "decode_bits",
     "decode_levels",
     "decode_natural",
@@ -25,11 +26,13 @@ __all__ = [
     "encode_natural",
     "encode_natural_levels",
     "gather",
+    "gather_dealt",
     "hadamard",
     "halves",
     "maxes",
     "mean_abs",
     "mean_bits",
+    "mean_dealt",
     "mean_levels",
     "mean_rows",
     "mean_sparse",
@@ -39,6 +42,7 @@ __all__ = [
     "permutation",
     "rademacher",
     "scatter",
+    "scatter_dealt",
     "sign_bits",
     "square_norm",
     "support",
@@ -304,6 +308,44 @@ def mean_sparse(values: Tensor, index: Tensor, pointer: Tensor, d: int, scale: f
         row = values.numpy()[i, : at[i + 1] - at[i]].astype(np.float64)
         np.add.at(out, index_[at[i] : at[i + 1]], row)
     return torch.from_numpy(out * scale / cohort)
+
+
+def _owners(draw: Draw, parts: int, d: int) -> np.ndarray:
+    """(d,): coordinate j of block b = floor(j / parts) belongs to part (j + s_b) mod parts, s_b = floor(word_b parts /
+    2^32) with the words of the draw's first row."""
+    shifts = _words(draw, -(-d // parts))[0].astype(np.uint64) * np.uint64(parts) >> np.uint64(32)
+    j = np.arange(d)
+    return (j + shifts.astype(np.int64)[j // parts]) % parts
+
+
+def dealt_lengths(draw: Draw, part: Tensor, parts: int, d: int) -> Tensor:
+    """(m,) int64: how many of d coordinates part_i has, floor(d / parts) or one more."""
+    return torch.from_numpy(np.bincount(_owners(draw, parts, d), minlength=parts)[part.numpy()].astype(np.int64))
+
+
+def gather_dealt(u: Tensor, draw: Draw, part: Tensor, parts: int, width: int) -> Tensor:
+    """(m, width) float32: row i holds the coordinates of u[i] that belong to part_i, ascending, then zeros."""
+    out, owner = np.zeros((len(u), width), np.float32), _owners(draw, parts, u.shape[1])
+    for row, sent, own in zip(u.numpy(), out, part.tolist(), strict=True):
+        sent[: (owner == own).sum()] = row[owner == own]
+    return torch.from_numpy(out)
+
+
+def scatter_dealt(values: Tensor, draw: Draw, part: Tensor, parts: int, d: int, scale: float) -> Tensor:
+    """(m, d) float32: scale times the values at the coordinates of part_i, zero elsewhere."""
+    out, owner = np.zeros((len(values), d), np.float32), _owners(draw, parts, d)
+    for row, sent, own in zip(out, values.numpy(), part.tolist(), strict=True):
+        row[owner == own] = (sent[: (owner == own).sum()].astype(np.float64) * scale).astype(np.float32)
+    return torch.from_numpy(out)
+
+
+def mean_dealt(values: Tensor, draw: Draw, part: Tensor, parts: int, d: int, scale: float, cohort: int) -> Tensor:
+    """(d,) float32: (scale/cohort) sum_i of the rows, added in float64 from row 0 to row m-1."""
+    out, owner = np.zeros(d), _owners(draw, parts, d)
+    for sent, own in zip(values.numpy(), part.tolist(), strict=True):
+        out[owner == own] += sent[: (owner == own).sum()].astype(np.float64)
+    with np.errstate(over="ignore"):
+        return torch.from_numpy((out * scale / cohort).astype(np.float32))
 
 
 def topk(u: Tensor, k: int) -> Tensor:

@@ -7,6 +7,7 @@ lock. No fastmath: results are defined bit for bit, whatever the number of threa
 
 from shoal.kernels import reference
 from shoal.kernels.cpu.bits import decode_bits, encode_bits, mean_bits
+from shoal.kernels.cpu.dealt import dealt_lengths, gather_dealt, mean_dealt, scatter_dealt
 from shoal.kernels.cpu.levels import decode_levels, encode_levels, mean_levels, pack, unpack
 from shoal.kernels.cpu.philox import halves, permutation, support, words
 from shoal.kernels.cpu.pointwise import (
