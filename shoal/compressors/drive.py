@@ -20,7 +20,7 @@ from shoal import kernels
 from shoal.compressors.dither import read_scale
 from shoal.compressors.lloyd import POINTS
 from shoal.compressors.rotation import Conditional, checked_norms, padded, rotate, rotate_back
-from shoal.core import Messages, Round, Rows, as_bytes, checked_rows
+from shoal.core import FLOAT_MAX, Messages, Round, Rows, as_bytes, checked_rows
 from shoal.errors import ConfigError
 from shoal.theory import AB, independent
 
@@ -83,25 +83,36 @@ class Turned(Conditional):
         return 4 + (padded(d) * self._bits + 7) // 8
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        u, ops, table = checked_rows(u, rnd), kernels.of(u), self._table()
-        D = padded(u.shape[1])
-        checked_norms(u, rnd, math.sqrt(D) * float(table[-1] / table[len(table) // 2]))
-        y, square = rotate(u, type(self).__name__, rnd.slots, rnd, self.rounds), ops.dots(u, u)
+        u, square = self._checked_squares(u, rnd)
+        ops, D = kernels.of(u), padded(u.shape[1])
+        y = rotate(u, type(self).__name__, rnd.slots, rnd, self.rounds)
         if self._bits == 1:
-            code = (y >= 0).long()
+            code, along = ops.encode_signs(y)
         else:
-            size = torch.where(square > 0, square, 1.0).sqrt()
-            code = torch.bucketize(y.double() * (math.sqrt(D) / size)[:, None], (table[1:].double() + table[:-1]) / 2)
-        q = table[code]
-        along = ops.dots(y, q)
-        fit = along / ops.dots(q, q) if self._least else square / torch.where(along > 0, along, 1.0)
+            factor = math.sqrt(D) / torch.where(square > 0, square, 1.0).sqrt()
+            code, along = ops.encode_points(y, factor, self._table())
+        fit = along / D if self._least else square / torch.where(along > 0, along, 1.0)
         scale = torch.where(along > 0, fit, 0.0).float()
-        return Messages.of(torch.cat([as_bytes(scale[:, None]), ops.pack(code, self._bits)], 1), rnd, u.shape[1])
+        return Messages.of(torch.cat([as_bytes(scale[:, None]), code], 1), rnd, u.shape[1])
+
+    def _checked_squares(self, u: Rows, rnd: Round) -> tuple[Rows, Tensor]:
+        """(u, ||u_i||^2), if all that is made of u stays finite. Raises as `checked_rows` and `checked_norms` do."""
+        if u.ndim == 2 and u.dtype == torch.float32 and len(u) == len(rnd.slots) and u.shape[1] > 0:
+            u, table = u.detach().contiguous(), self._table()
+            gain = math.sqrt(padded(u.shape[1])) * float(table[-1] / table[len(table) // 2])
+            square = kernels.of(u).dots(u, u)
+            # One pass instead of three: only what comes near the end of float32 is looked at again.
+            if bool((square.sqrt() * (gain * (1.0 + 1e-6)) <= FLOAT_MAX).all()):
+                return u, square
+            checked_norms(checked_rows(u, rnd), rnd, gain)
+            return u, square
+        return checked_rows(u, rnd), torch.zeros(0)
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         payload = msgs.checked(self.capacity(rnd.n, msgs.d))
-        code = kernels.of(payload).unpack(payload[:, 4:].contiguous(), padded(msgs.d), self._bits)
-        rows = self._table()[code] * read_scale(payload)[:, None]
+        code, D, ops = payload[:, 4:].contiguous(), padded(msgs.d), kernels.of(payload)
+        scale = read_scale(payload)
+        rows = ops.decode_bits(code, scale, D) if self._bits == 1 else ops.decode_points(code, scale, self._table(), D)
         return rotate_back(rows, msgs.d, type(self).__name__, msgs.slots, rnd, self.rounds)
 
 

@@ -7,6 +7,8 @@ beside it, on the chunking or on the number of threads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,11 +22,14 @@ __all__ = [
     "decode_levels",
     "decode_natural",
     "decode_natural_levels",
+    "decode_points",
     "dots",
     "encode_bits",
     "encode_levels",
     "encode_natural",
     "encode_natural_levels",
+    "encode_points",
+    "encode_signs",
     "gather",
     "gather_dealt",
     "hadamard",
@@ -41,6 +46,8 @@ __all__ = [
     "pack_trits",
     "permutation",
     "rademacher",
+    "rotate",
+    "rotate_back",
     "scatter",
     "scatter_dealt",
     "sign_bits",
@@ -53,6 +60,7 @@ __all__ = [
 ]
 
 LANES = 16  # partial sums of a row: lane l takes coordinates l, l + 16, ...; the lanes are then added from 0 to 15
+PIECE = 65536  # coordinates of a scalar product that are summed in lanes before the next ones, by any thread
 TINY = np.float32(2.0**-80)  # below this scale a row is multiplied by LIFT first, so that no quotient overflows
 LIFT = np.float32(2.0**60)
 
@@ -452,6 +460,56 @@ def hadamard(u: Tensor) -> Tensor:
     return torch.from_numpy(x)
 
 
+def _signs_of(draw: Draw, m: int, d: int) -> np.ndarray:
+    """(m, d): the signs of each row, or of a shared draw the same for all."""
+    return np.broadcast_to(rademacher(draw, d).numpy(), (m, d))
+
+
+def rotate(u: Tensor, draws: Sequence[Draw], size: int) -> Tensor:
+    """(m, size) float32: u padded with zeros to a power of two; then for each draw its signs, then `hadamard`."""
+    y = np.zeros((len(u), size), np.float32)
+    y[:, : u.shape[1]] = u.numpy()
+    for draw in draws:
+        y = hadamard(torch.from_numpy(y * _signs_of(draw, *y.shape))).numpy()
+    return torch.from_numpy(y)
+
+
+def rotate_back(y: Tensor, draws: Sequence[Draw], d: int) -> Tensor:
+    """(m, d) float32: the inverse of `rotate`, the last draw first: `hadamard`, then signs. The padding is dropped."""
+    for draw in reversed(draws):
+        y = torch.from_numpy(hadamard(y).numpy() * _signs_of(draw, *y.shape))
+    return y[:, :d].contiguous()
+
+
+def _piece_sums(values: np.ndarray) -> Tensor:
+    """(m,) float64: the lanes' sums of PIECE coordinates at a time, then these from the first to the last."""
+    pieces = [_lane_sums(values[:, j : j + PIECE]) for j in range(0, values.shape[1], PIECE)]
+    return torch.from_numpy(np.add.accumulate(pieces)[-1] + 0.0)
+
+
 def dots(u: Tensor, v: Tensor) -> Tensor:
-    """(m,) float64: sum_j u_ij v_ij, in the lanes' order."""
-    return torch.from_numpy(_lane_sums(u.numpy().astype(np.float64) * v.numpy().astype(np.float64)))
+    """(m,) float64: sum_j u_ij v_ij, in the pieces' order."""
+    return _piece_sums(u.numpy().astype(np.float64) * v.numpy().astype(np.float64))
+
+
+def encode_signs(y: Tensor) -> tuple[Tensor, Tensor]:
+    """(`sign_bits` of y, (m,) float64 sum_j |y_ij| in the pieces' order)."""
+    return sign_bits(y), _piece_sums(np.abs(y.numpy().astype(np.float64)))
+
+
+def encode_points(y: Tensor, factor: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """((m, ceil(d b / 8)) uint8, (m,) float64 sum_j y_ij q_ij): q_ij of the 2^b ascending points nearest to y_ij factor_i.
+
+    The number of the point, b bits a coordinate, is how many midpoints of neighbors lie below y_ij factor_i (float64).
+    """
+    points = table.numpy()
+    edges = (points[1:].astype(np.float64) + points[:-1]) / 2
+    code = np.searchsorted(edges, y.numpy().astype(np.float64) * factor.numpy()[:, None])
+    along = dots(y, torch.from_numpy(points[code]))
+    return pack(torch.from_numpy(code), (len(points) - 1).bit_length()), along
+
+
+def decode_points(payload: Tensor, scale: Tensor, table: Tensor, d: int) -> Tensor:
+    """(m, d) float32: the points that the numbers name, times scale_i."""
+    code = unpack(payload, d, (len(table) - 1).bit_length())
+    return table[code] * scale[:, None]

@@ -20,7 +20,8 @@ from shoal.kernels.cpu.pointwise import (
     sign_bits,
     unpack_trits,
 )
-from shoal.kernels.cpu.rotation import dots, hadamard, rademacher
+from shoal.kernels.cpu.points import decode_points, encode_points, encode_signs
+from shoal.kernels.cpu.rotation import dots, hadamard, rademacher, rotate, rotate_back
 from shoal.kernels.cpu.sparse import gather, mean_sparse, scatter, topk
 from shoal.kernels.cpu.sums import add_rows, maxes, mean_rows, norms, square_norm
 
