@@ -110,20 +110,15 @@ def dealt(ops: ModuleType, v: Inputs, name: str) -> list[Tensor]:
     out, shared = [], v.private._replace(slots=torch.tensor([0xFFFFFFFF]))
     for parts in sorted({1, 2, 3, 16, 130, max(1, v.d - 1), v.d, v.d + 3}):
         part, width = torch.from_numpy(v.rng.integers(0, parts, v.m)), -(-v.d // parts)
-        lengths = reference.dealt_lengths(shared, part, parts, v.d)
         values = reference.gather_dealt(v.u, shared, part, parts, width)
-        out.append({
-            "dealt_lengths": lambda lengths=lengths, part=part, parts=parts: ops.dealt_lengths(shared, part, parts, v.d),
-            "gather_dealt": lambda part=part, parts=parts, width=width: ops.gather_dealt(
-                v.u, shared, part, parts, width
-            ),
-            "scatter_dealt": lambda values=values, part=part, parts=parts: ops.scatter_dealt(
-                values, shared, part, parts, v.d, 1 / 3
-            ),
-            "mean_dealt": lambda values=values, part=part, parts=parts: ops.mean_dealt(
-                values, shared, part, parts, v.d, v.d / 3, 7
-            ),
-        }[name]())
+        where = (shared, part, parts)
+        if name == "dealt_lengths":
+            out.append(ops.dealt_lengths(*where, v.d))
+        elif name == "gather_dealt":
+            out.append(ops.gather_dealt(v.u, *where, width))
+        else:
+            tail = (1 / 3,) if name == "scatter_dealt" else (v.d / 3, 7)
+            out.append(getattr(ops, name)(values, *where, v.d, *tail))
     return out
 
 

@@ -18,9 +18,9 @@ from shoal.kernels import Draw
 
 
 class Listed(NamedTuple):
-    """Row i keeps the coordinates index[pointer[i]:pointer[i+1]] of d."""
+    """Row i keeps coordinates[pointer[i]:pointer[i+1]] of d."""
 
-    index: Tensor
+    coordinates: Tensor
     pointer: Tensor
     d: int
 
@@ -30,15 +30,15 @@ class Listed(NamedTuple):
 
     def gather(self, u: Tensor, width: int) -> Tensor:
         """(m, width) float32: what is kept of each row, then zeros."""
-        return kernels.of(u).gather(u, self.index, self.pointer, width)
+        return kernels.of(u).gather(u, self.coordinates, self.pointer, width)
 
     def scatter(self, values: Tensor, scale: float) -> Tensor:
         """(m, d) float32: scale times the values where they belong, zero elsewhere."""
-        return kernels.of(values).scatter(values, self.index, self.pointer, self.d, scale)
+        return kernels.of(values).scatter(values, self.coordinates, self.pointer, self.d, scale)
 
     def mean(self, values: Tensor, scale: float, cohort: int) -> Tensor:
         """(d,) float32: (scale/cohort) sum_i of the rows, added in float64."""
-        return kernels.of(values).mean_sparse(values, self.index, self.pointer, self.d, scale, cohort).float()
+        return kernels.of(values).mean_sparse(values, self.coordinates, self.pointer, self.d, scale, cohort).float()
 
 
 class Dealt(NamedTuple):

@@ -498,9 +498,9 @@ def encode_signs(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode_points(y: Tensor, factor: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """((m, ceil(d b / 8)) uint8, (m,) float64 sum_j y_ij q_ij): q_ij of the 2^b ascending points nearest to y_ij factor_i.
+    """((m, ceil(d b / 8)) uint8, (m,) float64 sum_j y_ij q_ij): q_ij of 2^b points, the one nearest y_ij factor_i.
 
-    The number of the point, b bits a coordinate, is how many midpoints of neighbors lie below y_ij factor_i (float64).
+    The point's number, in b bits, is how many midpoints of neighboring points lie below y_ij factor_i (float64).
     """
     points = table.numpy()
     edges = (points[1:].astype(np.float64) + points[:-1]) / 2

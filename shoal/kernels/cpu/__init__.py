@@ -10,6 +10,7 @@ from shoal.kernels.cpu.bits import decode_bits, encode_bits, mean_bits
 from shoal.kernels.cpu.dealt import dealt_lengths, gather_dealt, mean_dealt, scatter_dealt
 from shoal.kernels.cpu.levels import decode_levels, encode_levels, mean_levels, pack, unpack
 from shoal.kernels.cpu.philox import halves, permutation, support, words
+from shoal.kernels.cpu.points import decode_points, encode_points, encode_signs
 from shoal.kernels.cpu.pointwise import (
     decode_natural,
     decode_natural_levels,
@@ -20,7 +21,6 @@ from shoal.kernels.cpu.pointwise import (
     sign_bits,
     unpack_trits,
 )
-from shoal.kernels.cpu.points import decode_points, encode_points, encode_signs
 from shoal.kernels.cpu.rotation import dots, hadamard, rademacher, rotate, rotate_back
 from shoal.kernels.cpu.sparse import gather, mean_sparse, scatter, topk
 from shoal.kernels.cpu.sums import add_rows, maxes, mean_rows, norms, square_norm

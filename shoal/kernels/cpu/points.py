@@ -1,4 +1,4 @@
-"""What DRIVE and EDEN make of a rotated row: signs or numbers of points, packed, and the sums that their scale takes."""
+"""What DRIVE and EDEN make of a rotated row: signs or numbers of points, packed, and the sums for their scale."""
 
 from __future__ import annotations
 
@@ -48,14 +48,19 @@ def encode_signs(y: Tensor) -> tuple[Tensor, Tensor]:
 
 @njit(inline="always")
 def _numbers(x, factor, edges, code, z):
-    """code[l] = the number of edges below x[l] factor; there are 2^b - 1 of them, and b steps find it."""
-    for l in range(PASS):
-        z[l] = np.float64(x[l]) * factor
-        code[l] = 0
+    """code[a] = the number of edges below x[a] factor: all of a few are compared, b steps find it among 2^b - 1."""
+    for a in range(PASS):
+        z[a] = np.float64(x[a]) * factor
+        code[a] = 0
+    if edges.size < 16:
+        for edge in edges:
+            for a in range(PASS):
+                code[a] += z[a] > edge
+        return
     step = (edges.size + 1) // 2
     while step > 0:
-        for l in range(PASS):
-            code[l] += step if z[l] > edges[code[l] + step - 1] else 0
+        for a in range(PASS):
+            code[a] += step if z[a] > edges[code[a] + step - 1] else 0
         step //= 2
 
 
@@ -64,8 +69,8 @@ def _pack(code, bits, count, to, at):
     """The first `count` codes, 8 of them in `bits` bytes."""
     for group in range(0, count, 8):
         held = np.uint64(0)
-        for l in range(min(8, count - group)):
-            held |= np.uint64(code[group + l]) << np.uint64(l * bits)
+        for a in range(min(8, count - group)):
+            held |= np.uint64(code[group + a]) << np.uint64(a * bits)
         first = at + group // 8 * bits
         for b in range(min(bits, to.size - first)):
             to[first + b] = np.uint8((held >> np.uint64(8 * b)) & np.uint64(255))
@@ -82,11 +87,11 @@ def _points(y, factor, edges, table, bits, out, sums, lo, hi):
         lanes[:] = 0.0
         for j in range(first, last, PASS):
             count = min(PASS, last - j)
-            for l in range(PASS):
-                x[l] = y[i, j + l] if l < count else np.float32(0)
+            for a in range(PASS):
+                x[a] = y[i, j + a] if a < count else np.float32(0)
             _numbers(x, factor[i], edges, code, z)
-            for l in range(PASS):
-                q[l] = table[code[l]]
+            for a in range(PASS):
+                q[a] = table[code[a]]
             add_products(x, 0, q, 0, lanes)
             _pack(code, bits, count, out[i], j // 8 * bits)
         total = lanes[0]
@@ -119,8 +124,8 @@ def _decode(payload, scale, table, bits, out, lo, hi):
             held, first = np.uint64(0), j // 8 * bits
             for b in range(min(bits, sent.size - first)):
                 held |= np.uint64(sent[first + b]) << np.uint64(8 * b)
-            for l in range(min(8, hi - j)):
-                to[j + l] = values[(held >> np.uint64(l * bits)) & mask]
+            for a in range(min(8, hi - j)):
+                to[j + a] = values[(held >> np.uint64(a * bits)) & mask]
 
 
 def decode_points(payload: Tensor, scale: Tensor, table: Tensor, d: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 _F32, _F64, _I16, _I32, _I64 = ir.FloatType(), ir.DoubleType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -88,7 +89,7 @@ def first_256(typing: Any, u: Any, i: Any, scale: Any, words: Any, w: Any, out: 
 def _radix(count: int) -> Any:
     @intrinsic
     def radix(typing: Any, x: Any, i: Any, stride: Any) -> Any:
-        """The butterflies with strides stride, 2 stride, ... of 16 columns: x[i + k stride : + 16] for all k < count."""
+        """The butterflies with strides stride, 2 stride, ... of 16 columns: x[i + k stride : + 16], k < count."""
         signature = types.void(x, types.int64, types.int64)
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -193,7 +194,7 @@ def keep_16(typing: Any, bits: Any, i: Any, least: Any, out: Any, c: Any) -> Any
         number = builder.add(number, ir.Constant(wide, list(range(16))))
         target = _at(context, builder, signature.args[3], args[3], args[4])
         kind = ir.FunctionType(ir.VoidType(), [wide, _I32.as_pointer(), mask])
-        compress = builder.module.declare_intrinsic("llvm.masked.compressstore", [wide], kind)
+        compress = cgutils.get_or_insert_function(builder.module, kind, "llvm.masked.compressstore.v16i32")
         builder.call(compress, [number, target, kept])
         count = builder.ctpop(builder.bitcast(kept, _I16))
         return builder.add(args[4], builder.zext(count, _I64))
