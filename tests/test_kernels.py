@@ -233,6 +233,26 @@ def test_long_rotations_on_any_number_of_threads(power):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_long_rows_that_threads_share(threads):
+    """TopK among pieces, ties across them, and blocks dealt by several threads: the reference's bytes."""
+    d, shared, part = 600_000, Draw(torch.tensor([0xFFFFFFFF]), 3, 4, 5), torch.tensor([2, 0])
+    u = torch.from_numpy(np.random.default_rng(1).normal(size=(2, d)).astype(np.float32))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for v, k in ((u[:1], 6000), ((u[:1] * 4).round(), 6000), (torch.zeros(1, d), 3)):
+            same(cpu.topk(v, k), reference.topk(v, k))
+        for parts in (4, 7):
+            values = cpu.gather_dealt(u, shared, part, parts, -(-d // parts))
+            same(values, reference.gather_dealt(u, shared, part, parts, -(-d // parts)))
+            tail = (shared, part, parts, d)
+            same(cpu.scatter_dealt(values, *tail, 3.0), reference.scatter_dealt(values, *tail, 3.0))
+            same(cpu.mean_dealt(values, *tail, 3.0, 5), reference.mean_dealt(values, *tail, 3.0, 5))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", sorted(CASES))
 @shapes
 @scales
