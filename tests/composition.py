@@ -32,15 +32,32 @@ def slices(c: PerLayer, d: int) -> list[tuple[Compressor, slice]]:
 def supports(c: Composed | Correlated, n: int, d: int) -> list[tuple[float, int, float]]:
     """(probability, number of kept coordinates, factor): what one client may have to send."""
     if isinstance(c, Correlated):
-        return [(m / n, b, n / m) for m, b in zip(parts(n, c.blocks), parts(d, c.blocks), strict=True)]
+        sizes, lengths = parts(n, c.blocks), parts(d, c.blocks)
+        return [(m / n / c.blocks, b, n / m) for m in sizes for b in lengths]
     if isinstance(c.outer, RandK):
         k = kept(c.outer.k, d, "")
         return [(1.0, k, d / k)]
     return [(1.0, 1, float(d))] if d < n else [(1 / n, b, float(n)) for b in parts(d, n)]
 
 
-def paper_bytes(c: Compressor, n: int, d: int, formula: Callable[..., int]) -> int:
-    """Bytes of all n messages together."""
+def dealt(d: int, count: int) -> list[list[int]]:
+    """Every set of coordinates that one of `count` parts may have, all equally likely: one of each block of `count`."""
+    whole = itertools.product(range(count), repeat=-(-d // count))
+    return [[b * count + t for b, t in enumerate(turns) if b * count + t < d] for turns in whole]
+
+
+def sets(c: Composed | Correlated, n: int, d: int) -> list[tuple[float, list[list[int]], float]]:
+    """(probability, sets of coordinates, all equally likely, factor): what one client may have to send."""
+    if isinstance(c, Correlated):
+        return [(m / n, dealt(d, c.blocks), n / m) for m in parts(n, c.blocks)]
+    if not isinstance(c.outer, RandK) and d >= n:
+        return [(1.0, dealt(d, n), float(n))]
+    ((probability, size, factor),) = supports(c, n, d)
+    return [(probability, list(map(list, itertools.combinations(range(d), size))), factor)]
+
+
+def paper_bytes(c: Compressor, n: int, d: int, formula: Callable[..., int]) -> int | set[int]:
+    """Bytes of all n messages together; all that may occur, where it is drawn which groups send a coordinate more."""
     if isinstance(c, Scaled):
         return formula(c.inner, n, d)
     if isinstance(c, PerLayer):
@@ -48,7 +65,9 @@ def paper_bytes(c: Compressor, n: int, d: int, formula: Callable[..., int]) -> i
         return 4 * n * varying + sum(formula(code, n, part.stop - part.start) for code, part in slices(c, d))
     if isinstance(c, Correlated):
         scale, bits = 0 if c.scale == "shared" else 4, math.ceil(math.log2(c.levels))
-        return sum(round(p * n) * (scale + math.ceil(b * bits / 8)) for p, b, _ in supports(c, n, d))
+        size, (short, longer) = parts(n, c.blocks), divmod(d, c.blocks)
+        lucky = itertools.combinations(range(c.blocks), longer)
+        return {sum(m * (scale + -(-(short + (g in some)) * bits // 8)) for g, m in enumerate(size)) for some in lucky}
     return sum(round(p * n) * formula(c.inner, 1, b) for p, b, _ in supports(c, n, d))
 
 
@@ -80,9 +99,8 @@ def variance(c: Compressor, u: np.ndarray, inner: Callable[..., np.ndarray]) -> 
         return np.concatenate([inner(code, u[:, part]) for code, part in slices(c, d)], 1)
     top = np.abs(u).max()
     second = np.zeros_like(u)
-    for probability, size, factor in supports(c, n, d):
-        subsets = list(itertools.combinations(range(d), size))
-        for subset in map(list, subsets):
+    for probability, subsets, factor in sets(c, n, d):
+        for subset in subsets:
             v = u[:, subset]
             if isinstance(c, Correlated):
                 r = np.full((n, 1), top) if c.scale == "shared" else np.linalg.norm(v, axis=1, keepdims=True)

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from composition import grid_variance, parts
+from composition import dealt, grid_variance, parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_compressors import SIX, ab_bound, hardest, stated
@@ -107,15 +107,15 @@ def rounding_error(u: np.ndarray, r: np.ndarray, levels: int) -> float:
 
 
 def exact_blocks(u: np.ndarray, c: Correlated) -> float:
-    """E||(1/n) sum C_i(u_i) - ubar||^2, summed over every group and every block."""
+    """E||(1/n) sum C_i(u_i) - ubar||^2, summed over every group of clients and every set of coordinates it may have."""
     n, d = u.shape
     total, mean, R = 0.0, u.mean(0), np.abs(u).max()
-    for m, b in zip(parts(n, c.blocks), parts(d, c.blocks), strict=True):
+    for m in parts(n, c.blocks):
         groups = list(itertools.combinations(range(n), m))
-        # With one scale for all, coordinates do not interact: all of them at once, counted b/d times.
-        blocks = [range(d)] if c.scale == "shared" else list(itertools.combinations(range(d), b))
-        weight = (b / d if c.scale == "shared" else 1.0) / (len(groups) * len(blocks))
-        for group, block in itertools.product(map(list, groups), map(list, blocks)):
+        # With one scale for all, coordinates do not interact: all of them at once, counted 1/sigma times.
+        blocks = [list(range(d))] if c.scale == "shared" else dealt(d, c.blocks)
+        weight = (1 / c.blocks if c.scale == "shared" else 1.0) / (len(groups) * len(blocks))
+        for group, block in itertools.product(map(list, groups), blocks):
             part = u[np.ix_(group, block)]
             own = np.linalg.norm(part, axis=1) if c.scale == "own" else np.abs(part).max(1)
             r = np.full(m, R) if c.scale == "shared" else own

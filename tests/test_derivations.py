@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -15,7 +15,9 @@ import pytest
 import torch
 import zoo
 
+from shoal import kernels
 from shoal.compressors import QSGD, Correlated, Independent, PermK, RandK, TopK
+from shoal.compressors.blocks import dealt_bound
 from shoal.compressors.correlated import exact_error
 from shoal.core import Round
 from shoal.kernels import reference
@@ -208,45 +210,55 @@ def test_best_p():
 
 
 # ------------------------------------------------------------------------------------------------ PermK
-@dataclass(frozen=True)
-class Dealt(Round):
-    """A round whose two permutations are given: PermK's code can then be run on each of them."""
-
-    dealt: dict = field(default_factory=dict)
-
-    def permutation(self, d, stream):
-        return torch.tensor(self.dealt[stream])
-
-
-def permk_moments(n, d, owners):
-    """(E mean, E||mean||^2, E C_0) of the code's PermK over all permutations of coordinates and the given owners."""
-    u = torch.from_numpy(np.random.default_rng(n * 10 + d).normal(size=(n, d))).float()
-    ids, means, first = torch.arange(n), [], []
-    for order, owner in itertools.product(itertools.permutations(range(d)), owners):
-        rnd = Dealt(0, 0, n, ids, ids, n, dealt={"PermK.coordinates": order, "PermK.owners": owner})
-        rows = PermK().decode(PermK().encode(u, rnd), rnd).double().numpy()
-        means.append(rows.mean(axis=0))
-        first.append(rows[0])
-    return u.double().numpy(), np.mean(means, axis=0), square(np.array(means)).mean(), np.mean(first, axis=0)
+def permk_rounds(n, d, monkeypatch):
+    """One round for everything that PermK may draw: the shifts of all blocks, or two permutations for d < n."""
+    ids = torch.arange(n)
+    if d >= n:
+        for shifts in itertools.product(range(n), repeat=-(-d // n)):
+            words = np.array([[(2 * s + 1) * 2**31 // n for s in shifts]], np.uint32)  # the middle of what gives s
+            monkeypatch.setattr(reference, "_words", lambda draw, count, words=words: words[:, :count])
+            yield Round(0, 0, n, ids, ids, n)
+    else:
+        for order, owner in itertools.product(itertools.permutations(range(d)), itertools.permutations(range(n))):
+            given = {"PermK.coordinates": order, "PermK.owners": owner}
+            monkeypatch.setattr(Round, "permutation", lambda self, d, name, given=given: torch.tensor(given[name]))
+            yield Round(0, 0, n, ids, ids, n)
 
 
 @pytest.mark.parametrize(("n", "d"), [(2, 2), (2, 3), (3, 4), (3, 5), (2, 1), (4, 2), (3, 2), (5, 2), (4, 3), (5, 3)])
-def test_permk_constants(n, d):
+def test_permk_constants(n, d, monkeypatch):
     """Unbiased, and E||error||^2 = A M - B ||ubar||^2 exactly: d >= n, n = q d, and n = q d + r."""
-    u, mean, second, first = permk_moments(n, d, list(itertools.permutations(range(n))))
-    assert np.allclose(mean, u.mean(axis=0), rtol=0, atol=1e-6)
-    assert np.allclose(first, u[0], rtol=0, atol=1e-6)
+    monkeypatch.setattr(kernels, "of", lambda tensor: reference)
+    u = torch.from_numpy(np.random.default_rng(n * 10 + d).normal(size=(n, d))).float()
+    rows = []
+    for rnd in permk_rounds(n, d, monkeypatch):
+        rows.append(PermK().decode(PermK().encode(u, rnd), rnd).double().numpy())
+    assert len(rows) == (n ** -(-d // n) if d >= n else math.factorial(n) * math.factorial(d))
+    u, second = u.double().numpy(), square(np.mean(rows, axis=1)).mean()
+    assert np.allclose(np.mean(rows, axis=0), u, rtol=0, atol=1e-6)  # every client alone
     ab, bar = PermK().ab(n, d), square(u.mean(axis=0))
     assert second - bar == pytest.approx(ab.a * square(u).mean() - ab.b * bar, rel=1e-5, abs=1e-6)
     r = 0 if d >= n else n % d
     assert ab.a - ab.b == pytest.approx(r * (d - r) / n**2, abs=1e-12)
 
 
-def test_permk_needs_shuffled_owners():
-    """Blocks of unequal length that always go to the same clients: C_0 is biased by n ceil(d/n)/d."""
-    u, mean, _, first = permk_moments(2, 3, [(0, 1)])
-    assert np.allclose(first, u[0] * 2 * 2 / 3, atol=1e-6)
-    assert not np.allclose(mean, u.mean(axis=0), atol=1e-2)
+@pytest.mark.parametrize(("parts", "d"), [(2, 2), (2, 3), (3, 5), (3, 8), (4, 10)])
+def test_dealt_lengths_and_their_bound(parts, d, monkeypatch):
+    """Over all shifts: every coordinate goes to every part as often, the last ones always in a longer part; and
+    sum_j E f(length of j's part) a_j^2 reaches `dealt_bound` for its worst a."""
+    counts, f = {}, {d // parts: 1.7, d // parts + 1: 0.6}
+    for constant in (f.__getitem__, lambda b: -f[b], lambda b: b - 1.0):
+        mean = np.zeros(d)
+        for shifts in itertools.product(range(parts), repeat=-(-d // parts)):
+            words = np.array([[(2 * s + 1) * 2**31 // parts for s in shifts]], np.uint32)
+            monkeypatch.setattr(reference, "_words", lambda draw, count, words=words: words[:, :count])
+            owner = reference._owners(None, parts, d)
+            size = np.bincount(owner, minlength=parts)
+            counts[shifts] = owner
+            mean += [constant(b) for b in size[owner].tolist()]
+        assert (mean / len(counts)).max() == pytest.approx(dealt_bound(constant, d, parts))
+    owners = np.array(list(counts.values()))
+    assert all(np.bincount(column).tolist() == [len(owners) // parts] * parts for column in owners.T)
 
 
 # ------------------------------------------------------------------------------------------------ grids

@@ -156,6 +156,23 @@ def sparse(ops: ModuleType, v: Inputs, name: str) -> Tensor:
     return getattr(ops, name)(values, index, pointer, v.d, *tail)
 
 
+def dealt(ops: ModuleType, v: Inputs, name: str) -> list[Tensor]:
+    """One part, few, as many as coordinates, and more; rows that share a part."""
+    out, shared = [], v.private._replace(slots=torch.tensor([0xFFFFFFFF]))
+    for parts in sorted({1, 2, 3, 16, 130, max(1, v.d - 1), v.d, v.d + 3}):
+        part, width = torch.from_numpy(v.rng.integers(0, parts, v.m)), -(-v.d // parts)
+        values = reference.gather_dealt(v.u, shared, part, parts, width)
+        where = (shared, part, parts)
+        if name == "dealt_lengths":
+            out.append(ops.dealt_lengths(*where, v.d))
+        elif name == "gather_dealt":
+            out.append(ops.gather_dealt(v.u, *where, width))
+        else:
+            tail = (1 / 3,) if name == "scatter_dealt" else (v.d / 3, 7)
+            out.append(getattr(ops, name)(values, *where, v.d, *tail))
+    return out
+
+
 CASES: dict[str, Callable[[ModuleType, Inputs], object]] = {
     "add_rows": added,
     "decode_bits": lambda ops, v: ops.decode_bits(v.bytes, v.r, v.d),
@@ -185,6 +202,42 @@ CASES: dict[str, Callable[[ModuleType, Inputs], object]] = {
     "words": lambda ops, v: ops.words(v.private, v.d),
 }
 
+CASES |= {
+    name: lambda ops, v, name=name: dealt(ops, v, name)  # type: ignore[misc]
+    for name in ("dealt_lengths", "gather_dealt", "mean_dealt", "scatter_dealt")
+}
+
+
+def turned(ops: ModuleType, v: Inputs, name: str) -> list[Tensor]:
+    """Signs a row and shared ones, one round and two, with padding (d is no power of two) and without. Norms are kept
+    finite, as the compressors do: the sign of a NaN is nobody's promise."""
+    out, size, u = [], 1 << (v.d - 1).bit_length(), v.u / (64 if v.scale > 1e38 else 1)
+    for draws in ([v.private], [v.private._replace(slots=torch.tensor([0xFFFFFFFF])), v.tie]):
+        if name == "rotate":
+            out.append(ops.rotate(u, draws, size))
+        else:
+            y = reference.rotate(u, draws, size)
+            out += [ops.rotate_back(y, draws, v.d), ops.rotate_back(y, draws, size)]
+    return out
+
+
+def pointed(ops: ModuleType, v: Inputs, name: str) -> list[Tensor]:
+    out: list[Tensor] = []
+    for bits in (1, 2, 3, 5, 8):
+        table = torch.linspace(-2, 2, 2**bits)
+        coded = reference.encode_points(v.u, 2.0 / v.r.double().clamp(min=1e-45), table)
+        ours = ops.encode_points(v.u, 2.0 / v.r.double().clamp(min=1e-45), table)
+        out += ours if name == "encode_points" else [ops.decode_points(coded[0], v.r, table, v.d)]
+    return out
+
+
+CASES |= {
+    "decode_points": lambda ops, v: pointed(ops, v, "decode_points"),
+    "encode_points": lambda ops, v: pointed(ops, v, "encode_points"),
+    "encode_signs": lambda ops, v: list(ops.encode_signs(v.u)),
+    "rotate": lambda ops, v: turned(ops, v, "rotate"),
+    "rotate_back": lambda ops, v: turned(ops, v, "rotate_back"),
+}
 CASES |= {
     "below": lambda ops, v: [ops.below(v.private, v.d, n) for n in (1, 2, 16, 2**31 - 1)],
     "decode_natural_levels": lambda ops, v: read(
@@ -266,6 +319,50 @@ def test_every_kernel_has_a_case_and_a_twin():
     assert sorted(CASES) == sorted(reference.__all__)
     assert all(callable(getattr(cpu, name)) for name in reference.__all__)
     assert kernels.of(torch.zeros(1)) is cpu, "numba is installed wherever the tests run"
+
+
+@pytest.mark.parametrize("power", range(8, 19))
+def test_long_rotations_on_any_number_of_threads(power):
+    """Every grouping of the stages beyond registers, and the pieces of a scalar product: bytes and threads alike."""
+    v = Inputs(1 + (power < 12), 2**power - 3 * (power % 2), 1.0)
+    draws, size = [v.private, v.tie], 2**power
+    y = reference.rotate(v.u, draws, size)
+    back, table = reference.rotate_back(y, draws, v.d), torch.linspace(-2, 2, 8)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            same(cpu.rotate(v.u, draws, size), y)
+            same(cpu.rotate_back(y, draws, v.d), back)
+            same(cpu.dots(v.u, v.u), reference.dots(v.u, v.u))
+            for ours, theirs in (
+                (cpu.encode_signs(y), reference.encode_signs(y)),
+                (cpu.encode_points(y, v.r.double(), table), reference.encode_points(y, v.r.double(), table)),
+            ):
+                for a, b in zip(ours, theirs, strict=True):
+                    same(a, b)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_long_rows_that_threads_share(threads):
+    """TopK among pieces, ties across them, and blocks dealt by several threads: the reference's bytes."""
+    d, shared, part = 600_000, Draw(torch.tensor([0xFFFFFFFF]), 3, 4, 5), torch.tensor([2, 0])
+    u = torch.from_numpy(np.random.default_rng(1).normal(size=(2, d)).astype(np.float32))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for v, k in ((u[:1], 6000), ((u[:1] * 4).round(), 6000), (torch.zeros(1, d), 3)):
+            same(cpu.topk(v, k), reference.topk(v, k))
+        for parts in (4, 7):
+            values = cpu.gather_dealt(u, shared, part, parts, -(-d // parts))
+            same(values, reference.gather_dealt(u, shared, part, parts, -(-d // parts)))
+            tail = (shared, part, parts, d)
+            same(cpu.scatter_dealt(values, *tail, 3.0), reference.scatter_dealt(values, *tail, 3.0))
+            same(cpu.mean_dealt(values, *tail, 3.0, 5), reference.mean_dealt(values, *tail, 3.0, 5))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", sorted(CASES))

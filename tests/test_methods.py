@@ -360,11 +360,12 @@ class Recorder:
     def __getattr__(self, name: str):
         kernel = getattr(cpu, name)
 
-        def recorded(*args):
-            for draw in args:
-                if isinstance(draw, Draw):
-                    self.pairs.update((draw.stream, slot) for slot in draw.slots.tolist())
-            return kernel(*args)
+        def recorded(*args, **options):
+            for argument in args:
+                for draw in argument if isinstance(argument, list) else [argument]:
+                    if isinstance(draw, Draw) and name != "dealt_lengths":  # how much `gather_dealt` deals by it
+                        self.pairs.update((draw.stream, slot) for slot in draw.slots.tolist())
+            return kernel(*args, **options)
 
         return recorded
 

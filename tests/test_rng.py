@@ -98,9 +98,10 @@ def test_golden_permutation_and_support(ops):
 # ------------------------------------------------------------------------------------------------ streams
 DRAWING = {"draw", "shared", "uniform", "coin", "permutation"}
 STREAMS = {
-    "Correlated.bits", "Correlated.coordinates", "Correlated.places", "Correlated.shifts", "Correlated.ties",
-    "Grid.levels", "Grid.ties", "Independent.bits", "Independent.ties", "Marina.coin", "PermK.coordinates",
-    "PermK.owners", "QSGD.levels", "QSGD.ties", "RandK.support", "Rotation.signs",
+    "Correlated.bits", "Correlated.blocks", "Correlated.places", "Correlated.shifts", "Correlated.ties",
+    "Grid.levels", "Grid.ties", "Independent.bits", "Independent.ties", "LowRank.start", "Marina.coin",
+    "PermK.coordinates", "goals.bits", "goals.shifts", "goals.ties",
+    "PermK.owners", "PermK.shifts", "QSGD.levels", "QSGD.ties", "RandK.support", "Rotation.signs",
 }  # fmt: skip
 STREAMS |= {f"CorrelatedOffset.{name}" for name in ("bits", "offsets", "places", "shifts", "ties")}
 STREAMS |= {"Bernoulli.coin", "Natural.bits", "NaturalDithering.levels", "Ternary.levels", "Ternary.ties"}

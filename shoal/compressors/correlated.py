@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from shoal import kernels, rng
-from shoal.compressors.blocks import alike, cut, ranges
+from shoal.compressors.blocks import Dealt, alike, cut, dealt_bound
 from shoal.compressors.dither import QSGD, checked_scale, read_scale
 from shoal.compressors.strata import strata_error, supremum_max, supremum_norm
 from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, Vector, measured_rows
@@ -27,10 +27,9 @@ from shoal.theory import AB
 
 
 class Split(NamedTuple):
-    """Of each row: coordinates[pointer[i]:pointer[i+1]], then its group's size and its place there."""
+    """Of each row: its group's coordinates, its group's size, and its place there."""
 
-    coordinates: Tensor
-    pointer: Tensor
+    block: Dealt
     size: Tensor  # (m,) int64
     place: Tensor  # (m,) int64
 
@@ -57,11 +56,12 @@ class Correlated(Compressor):
     in the payload); "own": r_i = ||u_i||_2; "max": r_i = max_j |u_ij|, both in the message.
     numerical=True lets own scales use constants that survived a search but are not proved.
     levels=k rounds in the same way between the two neighbors of u_ij among k points, 2 r_i / (k-1) apart.
-    blocks=sigma: a shared permutation cuts the coordinates into sigma blocks, the clients into sigma groups (sizes
-    differ by at most one). A client of a group of m sends its group's block alone, times n/m, its U_ij in the strata
-    of the m; an own scale is that of the block.
-    Wire: r_i as float32 unless shared, then ceil(log2 k) = b bits a coordinate of the block, in the permutation's
-    order. 8 ceil(b d/(8 sigma)) bits where sigma divides d, and 32 more for an own scale.
+    blocks=sigma: a shared permutation cuts the clients into sigma groups (sizes differ by at most one), and coordinate
+    j belongs to group (j + t_b) mod sigma, with one shared uniform shift t_b for each b = floor(j / sigma). A client of
+    a group of m sends its group's coordinates alone, times n/m, its U_ij in the strata of the m; an own scale is that
+    of these coordinates.
+    Wire: r_i as float32 unless shared, then ceil(log2 k) = b bits a coordinate sent, ascending.
+    8 ceil(b d/(8 sigma)) bits where sigma divides d, and 32 more for an own scale.
 
     An odd number of levels, scale="own", is correlated QSGD with s = (k-1)/2: QSGD's grid and law for each client.
 
@@ -130,30 +130,32 @@ class Correlated(Compressor):
         own: A = omega/n, B = 0 (never worse than independent rounding), and a - b = d/N^2, b = 1 + omega/(n-1).
         max: A = omega/n, B = 0. With numerical=True, own and max: a - b = d/n^2, b = max(d/n, 1/2), not proved.
         omega is that of k points, d - 1 for one bit. With blocks, the n/sigma clients and d/sigma coordinates of a
-        group take the places of n and d, and (sigma-1)/(n-1) is added to A and B of the own scales: `_blocked`.
+        group take the places of n and d (own scales: ceil(d/sigma)), and (sigma-1)/(n-1) is added to A and B of the
+        own scales.
         All for every L_±; the shared and the own inequalities are our theorems (docs/derivations/correlated.md).
         """
         self.check(n, d)
-        parts = [(int(m), int(b)) for m, b in zip(cut(n, self.blocks)[1], cut(d, self.blocks)[1], strict=True)]
+        sizes = [int(m) for m in cut(n, self.blocks)[1]]
         source = "docs/derivations/correlated.md"
         if self.numerical:
             b = max(d / n, 0.5)
             return AB(d / n**2 + b, b, evidence="numerical", source=f"own scales, searched, not proved ({source})")
         if self.scale == "shared":
-            return self._shared(n, d, parts, source)
-        error = sum(grid_omega(b, self.levels) * b / (m * d) for m, b in parts)
-        drawn = sum(b * (n - m) / (d * m * (n - 1)) for m, b in parts) if n > 1 else 0.0
+            return self._shared(d, sizes, source)
+        sigma, omega = self.blocks, dealt_bound(lambda b: grid_omega(b, self.levels), d, self.blocks)
+        error = omega * sum(1.0 / m for m in sizes) / sigma
+        drawn = sum((n - m) / (m * (n - 1)) for m in sizes) / sigma if n > 1 else 0.0
         other = None
         if self.scale == "own" and n > 1:
-            gap = sum(b * b / (d * (m * (self.levels - 1)) ** 2) for m, b in parts)
-            more = sum(grid_omega(b, self.levels) * b * n / (d * m * (n - 1)) for m, b in parts if m > 1)
+            gap = -(-d // sigma) * sum(1.0 / (m * (self.levels - 1)) ** 2 for m in sizes) / sigma
+            more = omega * sum(n / (m * (n - 1)) for m in sizes if m > 1) / sigma
             other = AB(gap + 1.0 + more, 1.0 + more, source=f"own l2 scales ({source})")
         return AB(error + drawn, drawn, source=f"never worse than independent rounding ({source})", other=other)
 
-    def _shared(self, n: int, d: int, parts: list[tuple[int, int]], source: str) -> AB:
-        """V from the clients' differences, and sum over the groups of |block| / (m (k-1))^2 times R^2."""
-        strata = [m * (self.levels - 1) for m, _ in parts]
-        c = sum(b / s**2 for s, (_, b) in zip(strata, parts, strict=True))
+    def _shared(self, d: int, sizes: list[int], source: str) -> AB:
+        """V from the clients' differences, and (d/sigma) sum over the groups of 1 / (m (k-1))^2 times R^2."""
+        strata = [m * (self.levels - 1) for m in sizes]
+        c = d / self.blocks * sum(1.0 / s**2 for s in strata)
         lam = math.sqrt(d) / strata[0] if self.blocks == 1 else math.sqrt(c)
         even = lam > 1.0 and all(s % 2 == 0 for s in strata)
         other = AB(lam, 1.0, c / lam, source=f"shared scale, even n ({source})") if even else None
@@ -221,7 +223,7 @@ class Correlated(Compressor):
     def encode(self, u: Rows, rnd: Round) -> Messages:
         (u, top), d = measured_rows(u, rnd, self._gain(rnd.cohort)), u.shape[1]
         self.check(rnd.cohort, d)
-        ops, r = kernels.of(u), None
+        r = None
         if self.agrees:
             r = self._agreed(rnd, len(u))
             if len(u) and float(top.max()) > float(r[0]):
@@ -230,10 +232,10 @@ class Correlated(Compressor):
             place = self._places(rnd.slots, rnd)
             return Messages.of(self._rounded(u, r, rnd, rnd.cohort, place), rnd, d)
         part = self._split(rnd.slots, d, rnd)
-        values = ops.gather(u, part.coordinates, part.pointer, -(-d // self.blocks))
+        values, lengths = part.block.gather(u, -(-d // self.blocks)), part.block.lengths()
         payload = torch.zeros(len(u), self.capacity(rnd.cohort, d), dtype=torch.uint8)
-        nbytes = self._start + (part.pointer.diff() * self._bits + 7) // 8
-        for rows, (length, size) in alike(part.pointer.diff(), part.size):
+        nbytes = self._start + (lengths * self._bits + 7) // 8
+        for rows, (length, size) in alike(lengths, part.size):
             some = values[rows, :length].contiguous()
             sent = self._rounded(some, None if r is None else r[rows], rnd.rows(rows), size, part.place[rows])
             payload[rows, : sent.shape[1]] = sent
@@ -256,15 +258,14 @@ class Correlated(Compressor):
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         if self.blocks > 1:
             values, part = self._read_blocks(msgs, rnd)
-            return kernels.of(values).scatter(values, part.coordinates, part.pointer, msgs.d, 1.0)
+            return part.block.scatter(values, 1.0)
         code, r = self._read(msgs.checked(self.capacity(rnd.n, msgs.d)), rnd)
         return self._values(code, r, msgs.d)
 
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
         if self.blocks > 1:
             values, part = self._read_blocks(msgs, rnd)
-            ops = kernels.of(values)
-            return ops.mean_sparse(values, part.coordinates, part.pointer, msgs.d, 1.0, rnd.cohort).float()
+            return part.block.mean(values, 1.0, rnd.cohort)
         code, r = self._read(msgs.checked(self.capacity(rnd.n, msgs.d)), rnd)
         if self.levels == 2:
             return kernels.of(code).mean_bits(code, r, msgs.d, rnd.cohort)
@@ -303,22 +304,15 @@ class Correlated(Compressor):
     def _split(self, slots: Tensor, d: int, rnd: Round) -> Split:
         """Who sends what: one permutation of the clients gives the groups, and the places in them."""
         self.check(rnd.cohort, d)
-        at = self._places(slots, rnd).numpy()
-        order = rnd.permutation(d, "Correlated.coordinates").numpy()
-        (first, size), (start, length) = cut(rnd.cohort, self.blocks), cut(d, self.blocks)
+        at, (first, size) = self._places(slots, rnd).numpy(), cut(rnd.cohort, self.blocks)
         group = np.searchsorted(first, at, side="right") - 1
-        index, pointer = ranges(start[group], length[group])
-        return Split(
-            torch.from_numpy(order[index]),
-            torch.from_numpy(pointer),
-            torch.from_numpy(size[group]),
-            torch.from_numpy(at - first[group]),
-        )
+        block = Dealt(rnd.shared("Correlated.blocks"), torch.from_numpy(group), self.blocks, d)
+        return Split(block, torch.from_numpy(size[group]), torch.from_numpy(at - first[group]))
 
     def _read_blocks(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Split]:
         """((m, longest block) values of C_i, zeros behind a shorter block; where they belong)."""
         part, n = self._split(msgs.slots, msgs.d, rnd), rnd.cohort
-        lengths = part.pointer.diff()
+        lengths = part.block.lengths()
         payload = msgs.checked(self._start + (lengths * self._bits + 7) // 8)
         values = torch.zeros(len(payload), -(-msgs.d // self.blocks))
         for rows, (length, size) in alike(lengths, part.size):

@@ -20,7 +20,7 @@ from shoal import kernels
 from shoal.compressors.dither import read_scale
 from shoal.compressors.lloyd import POINTS
 from shoal.compressors.rotation import Conditional, checked_norms, padded, rotate, rotate_back
-from shoal.core import Messages, Round, Rows, as_bytes, checked_rows
+from shoal.core import FLOAT_MAX, Messages, Round, Rows, as_bytes, checked_rows, shaped_rows
 from shoal.errors import ConfigError
 from shoal.theory import AB, independent
 
@@ -95,36 +95,51 @@ class Turned(Conditional):
         return 4 + sum((count * bits + 7) // 8 for count, bits in self._parts(padded(d)))
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        u, ops = checked_rows(u, rnd), kernels.of(u)
-        D = padded(u.shape[1])
-        checked_norms(u, rnd, self._gain(D))
-        y, square = rotate(u, type(self).__name__, rnd.slots, rnd, self.rounds), ops.dots(u, u)
+        u, square = self._checked_squares(u, rnd)
+        ops, D = kernels.of(u), padded(u.shape[1])
+        y = rotate(u, type(self).__name__, rnd.slots, rnd, self.rounds)
         factor = math.sqrt(D) / torch.where(square > 0, square, 1.0).sqrt()
-        q, sent, at = torch.zeros_like(y), [], 0
+        along, sent, at = torch.zeros(len(u), dtype=torch.float64), [], 0
         for count, bits in self._parts(D):
-            part, table = y[:, at : at + count], self._table(bits)
+            part, table = y if count == D else y[:, at : at + count].contiguous(), self._table(bits)
             if bits == 1:
-                code = (part >= 0).long()
+                code, magnitude = ops.encode_signs(part)
+                along += float(table[1]) * magnitude
             else:
-                code = torch.bucketize(part.double() * factor[:, None], (table[1:].double() + table[:-1]) / 2)
-            q[:, at : at + count] = table[code]
-            sent.append(ops.pack(code, bits))
+                code, fit = ops.encode_points(part, factor, table)
+                along += fit
+            sent.append(code)
             at += count
-        along = ops.dots(y, q)
         if at < D:  # of what is kept, D / at times: its mean is the whole
-            square = ops.dots(y[:, :at].contiguous(), y[:, :at].contiguous()) * (D / at)
-        fit = along / ops.dots(q, q) if self._least else square / torch.where(along > 0, along, 1.0)
+            square = ops.dots(part, part) * (D / at)
+        fit = along / D if self._least else square / torch.where(along > 0, along, 1.0)
         scale = torch.where(along > 0, fit, 0.0).float()
         return Messages.of(torch.cat([as_bytes(scale[:, None]), *sent], 1), rnd, u.shape[1])
 
+    def _checked_squares(self, u: Rows, rnd: Round) -> tuple[Rows, Tensor]:
+        """(u, ||u_i||^2), if all that is made of u stays finite. Raises as `checked_rows` and `checked_norms` do."""
+        u = shaped_rows(u, rnd)
+        gain, square = self._gain(padded(u.shape[1])), kernels.of(u).dots(u, u)
+        # One pass instead of three: only what comes near the end of float32 is looked at again.
+        if not bool((square.sqrt() * (gain * (1.0 + 1e-6)) <= FLOAT_MAX).all()):
+            checked_norms(checked_rows(u, rnd), rnd, gain)
+        return u, square
+
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         payload, D = msgs.checked(self.capacity(rnd.n, msgs.d)), padded(msgs.d)
-        rows, at, byte = torch.zeros(len(payload), D), 0, 4
+        ops, scale, parts, byte = kernels.of(payload), read_scale(payload), [], 4
         for count, bits in self._parts(D):
-            end = byte + (count * bits + 7) // 8
-            code = kernels.of(payload).unpack(payload[:, byte:end].contiguous(), count, bits)
-            rows[:, at : at + count] = self._table(bits)[code] * read_scale(payload)[:, None]
-            at, byte = at + count, end
+            end, table = byte + (count * bits + 7) // 8, self._table(bits)
+            code = payload[:, byte:end].contiguous()
+            one = bits == 1
+            parts.append(
+                ops.decode_bits(code, scale * table[1], count) if one else ops.decode_points(code, scale, table, count)
+            )
+            byte = end
+        rows = parts[0] if parts[0].shape[1] == D else torch.zeros(len(payload), D)
+        if rows is not parts[0]:
+            sent = torch.cat(parts, 1)
+            rows[:, : sent.shape[1]] = sent
         return rotate_back(rows, msgs.d, type(self).__name__, msgs.slots, rnd, self.rounds)
 
 

@@ -1,18 +1,18 @@
-"""PermK: each client sends its own block of one shared random permutation of the coordinates.
+"""PermK: the coordinates are dealt at random among the clients, and each sends its own.
 
 Szlendak, Tyurin, Richtarik, "Permutation Compressors for Provably Faster Distributed Nonconvex Optimization", 2021,
-arXiv:2110.03300. The constants for n > d where d does not divide n are ours: docs/derivations/compressors.md.
+arXiv:2110.03300, deals blocks of one random permutation. That its theorem needs no more than which client has one
+coordinate, and the constants for n > d where d does not divide n, are ours: docs/derivations/compressors.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from shoal import kernels
+from shoal.compressors.blocks import Dealt, Listed
 from shoal.core import Compressor, Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats
 from shoal.errors import ConfigError
 from shoal.theory import AB
@@ -20,14 +20,14 @@ from shoal.theory import AB
 
 @dataclass(frozen=True)
 class PermK(Compressor):
-    """Each client sends its own block of one shared random permutation: no error where clients agree.
+    """Every coordinate is sent by one random client, each client sends d/n of them: no error where clients agree.
 
-    d >= n: the coordinates are cut into n shuffled blocks, lengths differing by at most one, and C_i(u) = n u on
-    client i's block. d < n: each client sends one coordinate, C_i(u) = d u_j e_j, and every coordinate is sent by
-    floor(n/d) or ceil(n/d) clients.
+    d >= n: coordinate j is sent by the client in slot (j + s_b) mod n, with one shared uniform shift s_b for each block
+    b = floor(j / n) of n coordinates, and C_i(u) = n u on what client i sends. d < n: each client sends one coordinate,
+    C_i(u) = d u_j e_j, and every coordinate is sent by floor(n/d) or ceil(n/d) clients.
 
-    Wire: the block's values in the permutation's order, float32; the permutation is derived from the round.
-    32 d/n bits (floor or ceiling), or 32.
+    Wire: the values by ascending coordinate, float32; the shifts are derived from the round. 32 d/n bits (floor or
+    ceiling), or 32.
 
     References: arXiv:2110.03300.
     """
@@ -64,36 +64,29 @@ class PermK(Compressor):
         """32 max(d/n, 1): exactly what a round costs a client, on average over the clients."""
         return 32.0 * max(d / n, 1.0)
 
-    def support(self, slots: Tensor, d: int, rnd: Round) -> tuple[Tensor, Tensor, int]:
-        """(index, pointer, scale): the client at slots[i] sends index[pointer[i]:pointer[i+1]], times `scale`."""
+    def support(self, slots: Tensor, d: int, rnd: Round) -> tuple[Dealt | Listed, int]:
+        """What the clients at these slots send, and the factor of it."""
         n = rnd.cohort
-        order = rnd.permutation(d, "PermK.coordinates").numpy()
-        # The block goes to a shuffled owner: with n not dividing d the blocks differ in length, and a fixed owner
-        # would make C_0 biased. See docs/derivations/compressors.md.
-        owner = rnd.permutation(n, "PermK.owners").numpy()[slots.numpy()]
-        if d < n:
-            return torch.from_numpy(order[owner % d]), torch.arange(len(slots) + 1), d
-        short, longer = divmod(d, n)
-        start, length = owner * short + np.minimum(owner, longer), short + (owner < longer)
-        pointer = np.concatenate([[0], np.cumsum(length)])
-        spread = np.arange(pointer[-1]) + np.repeat(start - pointer[:-1], length)
-        return torch.from_numpy(order[spread]), torch.from_numpy(pointer), n
+        if d >= n:
+            return Dealt(rnd.shared("PermK.shifts"), slots, n, d), n
+        order = rnd.permutation(d, "PermK.coordinates")
+        owner = rnd.permutation(n, "PermK.owners")[slots]
+        return Listed(order[owner % d], torch.arange(len(slots) + 1), d), d
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u = checked_rows(u, rnd, gain=lambda d: min(rnd.cohort, d))
         d = u.shape[1]
-        index, pointer, _ = self.support(rnd.slots, d, rnd)
-        values = kernels.of(u).gather(u, index, pointer, self.capacity(rnd.cohort, d) // 4)
-        return Messages.of(as_bytes(values), rnd, d, 4 * pointer.diff())
+        kept, _ = self.support(rnd.slots, d, rnd)
+        return Messages.of(as_bytes(kept.gather(u, self.capacity(rnd.cohort, d) // 4)), rnd, d, 4 * kept.lengths())
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
-        values, index, pointer, scale = self._read(msgs, rnd)
-        return kernels.of(values).scatter(values, index, pointer, msgs.d, scale)
+        values, kept, scale = self._read(msgs, rnd)
+        return kept.scatter(values, scale)
 
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
-        values, index, pointer, scale = self._read(msgs, rnd)
-        return kernels.of(values).mean_sparse(values, index, pointer, msgs.d, scale, rnd.cohort).float()
+        values, kept, scale = self._read(msgs, rnd)
+        return kept.mean(values, scale, rnd.cohort)
 
-    def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor, Tensor, int]:
-        index, pointer, scale = self.support(msgs.slots, msgs.d, rnd)
-        return finite_floats(msgs.checked(4 * pointer.diff()), scale), index, pointer, scale
+    def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Dealt | Listed, int]:
+        kept, scale = self.support(msgs.slots, msgs.d, rnd)
+        return finite_floats(msgs.checked(4 * kept.lengths()), scale), kept, scale

@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from shoal import kernels, rng
@@ -40,8 +39,8 @@ def checked_norms(u: Rows, rnd: Round, gain: float) -> Rows:
     return u
 
 
-def _signs(stream: str, step: int, D: int, slots: Tensor, rnd: Round) -> Tensor:
-    return kernels.of(slots).rademacher(rnd.fork(f"{stream}{step}").draw("Rotation.signs", slots), D)
+def _draws(stream: str, slots: Tensor, rnd: Round, rounds: int) -> list[kernels.Draw]:
+    return [rnd.fork(f"{stream}{step}").draw("Rotation.signs", slots) for step in range(rounds)]
 
 
 def rotate(u: Rows, stream: str, slots: Tensor, rnd: Round, rounds: int = 1) -> Rows:
@@ -49,18 +48,12 @@ def rotate(u: Rows, stream: str, slots: Tensor, rnd: Round, rounds: int = 1) -> 
 
     S_t are random signs, of each slot its own or of rng.SHARED one row for all.
     """
-    D = padded(u.shape[1])
-    y = torch.nn.functional.pad(u, (0, D - u.shape[1]))
-    for step in range(rounds):
-        y = kernels.of(y).hadamard(y * _signs(stream, step, D, slots, rnd))
-    return y
+    return kernels.of(u).rotate(u, _draws(stream, slots, rnd, rounds), padded(u.shape[1]))
 
 
 def rotate_back(y: Rows, d: int, stream: str, slots: Tensor, rnd: Round, rounds: int = 1) -> Rows:
     """(m, d) float32: the inverse of `rotate`, without the padding. Raises PayloadError if the result overflows."""
-    for step in reversed(range(rounds)):
-        y = kernels.of(y).hadamard(y) * _signs(stream, step, y.shape[1], slots, rnd)
-    out = y[:, :d].contiguous()
+    out = kernels.of(y).rotate_back(y, _draws(stream, slots, rnd, rounds), d)
     if len(out) and not bool((kernels.of(out).maxes(out) <= FLOAT_MAX).all()):
         raise PayloadError("a received vector overflows float32 when it is rotated back.")
     return out

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shoal import kernels, rng
+from shoal.compressors.blocks import Listed
 from shoal.core import Compressor, Messages, Round, Rows, Unbiased, Vector, as_bytes, checked_rows, finite_floats
 from shoal.errors import ConfigError, PayloadError
 
@@ -68,31 +69,30 @@ class RandK(Unbiased):
         """4 k bytes, always all used."""
         return 4 * kept(self.k, d, "RandK")
 
-    def support(self, slots: Tensor, d: int, rnd: Round) -> tuple[Tensor, Tensor, float]:
-        """(index, pointer, scale): the client at slots[i] sends index[pointer[i]:pointer[i+1]], times `scale`."""
+    def support(self, slots: Tensor, d: int, rnd: Round) -> tuple[Listed, float]:
+        """What the clients at these slots send, and the factor of it."""
         index = rng.support(rnd.draw("RandK.support", slots), d, kept(self.k, d, "RandK"))
         m, k = index.shape
-        return index.reshape(-1), uniform_pointer(m, k), d / k
+        return Listed(index.reshape(-1), uniform_pointer(m, k), d), d / k
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u = checked_rows(u, rnd, gain=lambda d: d / kept(self.k, d, "RandK"))
         d = u.shape[1]
-        index, pointer, _ = self.support(rnd.slots, d, rnd)
-        values = kernels.of(u).gather(u, index, pointer, kept(self.k, d, "RandK"))
-        return Messages.of(as_bytes(values), rnd, d)
+        sent, _ = self.support(rnd.slots, d, rnd)
+        return Messages.of(as_bytes(sent.gather(u, kept(self.k, d, "RandK"))), rnd, d)
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
-        values, index, pointer, scale = self._read(msgs, rnd)
-        return kernels.of(values).scatter(values, index, pointer, msgs.d, scale)
+        values, sent, scale = self._read(msgs, rnd)
+        return sent.scatter(values, scale)
 
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
-        values, index, pointer, scale = self._read(msgs, rnd)
-        return kernels.of(values).mean_sparse(values, index, pointer, msgs.d, scale, rnd.cohort).float()
+        values, sent, scale = self._read(msgs, rnd)
+        return sent.mean(values, scale, rnd.cohort)
 
-    def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor, Tensor, float]:
+    def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Listed, float]:
         payload = msgs.checked(self.capacity(rnd.n, msgs.d))
-        index, pointer, scale = self.support(msgs.slots, msgs.d, rnd)
-        return finite_floats(payload, scale), index, pointer, scale
+        sent, scale = self.support(msgs.slots, msgs.d, rnd)
+        return finite_floats(payload, scale), sent, scale
 
 
 @dataclass(frozen=True)

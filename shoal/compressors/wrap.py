@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shoal import kernels
-from shoal.compressors.blocks import alike, cut
+from shoal.compressors.blocks import Dealt, Listed, alike, cut, dealt_bound
 from shoal.compressors.permk import PermK
 from shoal.compressors.sparse import RandK, kept
 from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, Unbiased, Vector, checked_rows
@@ -28,7 +28,7 @@ PAGE = "docs/derivations/composition.md"
 
 @dataclass(frozen=True)
 class Composed(Compressor):
-    """A quantizer on what a sparsifier keeps: PermK's blocks, or RandK's coordinates, in a few bits each.
+    """A quantizer on what a sparsifier keeps: PermK's or RandK's coordinates, in a few bits each.
 
     C_i(u) = s Q_i(u_S) on S, with the coordinates S and the factor s of `outer`, Q_i independent for each client.
 
@@ -78,7 +78,7 @@ class Composed(Compressor):
         return lambda d: (1 + outer.omega(d)) * (1 + self.inner.omega(kept(outer.k, d, "RandK"))) - 1
 
     def ab(self, n: int, d: int) -> AB:
-        """RandK: A = omega/n, B = 0. PermK, d >= n: A = 1 + mean omega_inner(block of a coordinate), B = 1.
+        """RandK: A = omega/n, B = 0. PermK, d >= n: A = 1 + omega_inner(ceil(d/n)) (for one that grows), B = 1.
 
         PermK, d < n: PermK's A and B, and (d/n) omega_inner(1) more in A. All for any inputs.
         """
@@ -87,7 +87,7 @@ class Composed(Compressor):
             return independent(self.omega(d), n, f"composed, omega = {self.omega(d):.6g} ({PAGE})")
         ab, lengths = self.outer.ab(n, d), self._lengths(n, d)
         inner = {b: self.inner.omega(b) for b in set(lengths)}
-        more = inner[1] * d / n if d < n else sum(b * inner[b] for b in lengths) / d
+        more = inner[1] * d / n if d < n else dealt_bound(inner.__getitem__, d, n)
         return AB(ab.a + more, ab.b, source=f"PermK around a quantizer ({PAGE})")
 
     def capacity(self, n: int, d: int) -> int:
@@ -103,12 +103,11 @@ class Composed(Compressor):
         u = checked_rows(u, rnd, gain=lambda d: self._gain(rnd.cohort, d))
         d, n = u.shape[1], rnd.cohort
         self.check(n, d)
-        index, pointer, scale = self.outer.support(rnd.slots, d, rnd)
-        lengths = pointer.diff()
-        values = kernels.of(u).gather(u, index, pointer, max(self._lengths(n, d)))
+        part, scale = self.outer.support(rnd.slots, d, rnd)
+        values = part.gather(u, max(self._lengths(n, d)))
         payload = torch.zeros(len(u), self.capacity(n, d), dtype=torch.uint8)
         nbytes = torch.zeros(len(u), dtype=torch.int64)
-        for rows, (length,) in alike(lengths):
+        for rows, (length,) in alike(part.lengths()):
             some = rnd.rows(rows).fork("Composed")
             sent = self.inner.encode(values[rows, :length].contiguous(), some)
             self._check_range(sent, some, scale)
@@ -124,24 +123,24 @@ class Composed(Compressor):
             who = int(rnd.clients[bad][0])
             raise NonFiniteError(f"client {who}, round {rnd.index}: what {self!r} sends overflows float32.")
 
-    def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor, Tensor, float]:
+    def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Dealt | Listed, float]:
         d, n = msgs.d, rnd.cohort
-        index, pointer, scale = self.outer.support(msgs.slots, d, rnd)
+        part, scale = self.outer.support(msgs.slots, d, rnd)
         values = torch.zeros(len(msgs.slots), max(self._lengths(n, d)))
-        for rows, (length,) in alike(pointer.diff()):
+        for rows, (length,) in alike(part.lengths()):
             some = Messages(msgs.payload[rows], msgs.nbytes[rows], msgs.slots[rows], length)
             values[rows, :length] = self.inner.decode(some, rnd.fork("Composed"))
         if len(values) and float(kernels.of(values).maxes(values).max()) * scale > FLOAT_MAX:
             raise PayloadError("a value is not finite once it is scaled.")
-        return values, index, pointer, scale
+        return values, part, scale
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
-        values, index, pointer, scale = self._read(msgs, rnd)
-        return kernels.of(values).scatter(values, index, pointer, msgs.d, scale)
+        values, part, scale = self._read(msgs, rnd)
+        return part.scatter(values, scale)
 
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
-        values, index, pointer, scale = self._read(msgs, rnd)
-        return kernels.of(values).mean_sparse(values, index, pointer, msgs.d, scale, rnd.cohort).float()
+        values, part, scale = self._read(msgs, rnd)
+        return part.mean(values, scale, rnd.cohort)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Every module has the same function names and gives the same bytes; tests iterate
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from types import ModuleType
 
 from torch import Tensor
@@ -14,10 +15,10 @@ from shoal.kernels import reference
 from shoal.kernels.draw import Draw
 
 cpu: ModuleType
-try:
+if find_spec("numba"):
     from shoal.kernels import cpu as cpu
     from shoal.kernels.cpu.compiling import when_compiling
-except ImportError:  # numba is a dependency, but no compiled kernel is needed for correctness
+else:  # numba is a dependency, but no compiled kernel is needed for correctness
     cpu = reference
 
     def when_compiling(say: Callable[[], None]) -> None:

@@ -8,6 +8,7 @@ beside it, on the chunking or on the number of threads.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,11 +19,13 @@ from shoal.kernels.draw import Draw
 __all__ = [
     "add_rows",
     "below",
+    "dealt_lengths",
     "decode_bits",
     "decode_entropy",
     "decode_levels",
     "decode_natural",
     "decode_natural_levels",
+    "decode_points",
     "decode_strata",
     "decode_trits",
     "dots",
@@ -31,15 +34,19 @@ __all__ = [
     "encode_levels",
     "encode_natural",
     "encode_natural_levels",
+    "encode_points",
+    "encode_signs",
     "encode_strata",
     "encode_trits",
     "gather",
+    "gather_dealt",
     "hadamard",
     "halves",
     "low_rank",
     "maxes",
     "mean_abs",
     "mean_bits",
+    "mean_dealt",
     "mean_levels",
     "mean_natural",
     "mean_natural_levels",
@@ -53,7 +60,10 @@ __all__ = [
     "pack_trits",
     "permutation",
     "rademacher",
+    "rotate",
+    "rotate_back",
     "scatter",
+    "scatter_dealt",
     "sign_bits",
     "square_norm",
     "support",
@@ -166,7 +176,7 @@ def norms(u: Tensor) -> Tensor:
     s = np.sqrt(_lane_sums(u.numpy().astype(np.float64) ** 2))
     with np.errstate(over="ignore"):
         r = s.astype(np.float32)
-    return torch.from_numpy(np.where(r < s, np.nextafter(r, np.float32(np.inf)), r))
+        return torch.from_numpy(np.where(r < s, np.nextafter(r, np.float32(np.inf)), r))
 
 
 def maxes(u: Tensor) -> Tensor:
@@ -516,6 +526,44 @@ def mean_sparse(values: Tensor, index: Tensor, pointer: Tensor, d: int, scale: f
     return torch.from_numpy(out * scale / cohort)
 
 
+def _owners(draw: Draw, parts: int, d: int) -> np.ndarray:
+    """(d,): coordinate j of block b = floor(j / parts) belongs to part (j + s_b) mod parts, s_b = floor(word_b parts /
+    2^32) with the words of the draw's first row."""
+    shifts = _words(draw, -(-d // parts))[0].astype(np.uint64) * np.uint64(parts) >> np.uint64(32)
+    j = np.arange(d)
+    return (j + shifts.astype(np.int64)[j // parts]) % parts
+
+
+def dealt_lengths(draw: Draw, part: Tensor, parts: int, d: int) -> Tensor:
+    """(m,) int64: how many of d coordinates part_i has, floor(d / parts) or one more."""
+    return torch.from_numpy(np.bincount(_owners(draw, parts, d), minlength=parts)[part.numpy()].astype(np.int64))
+
+
+def gather_dealt(u: Tensor, draw: Draw, part: Tensor, parts: int, width: int) -> Tensor:
+    """(m, width) float32: row i holds the coordinates of u[i] that belong to part_i, ascending, then zeros."""
+    out, owner = np.zeros((len(u), width), np.float32), _owners(draw, parts, u.shape[1])
+    for row, sent, own in zip(u.numpy(), out, part.tolist(), strict=True):
+        sent[: (owner == own).sum()] = row[owner == own]
+    return torch.from_numpy(out)
+
+
+def scatter_dealt(values: Tensor, draw: Draw, part: Tensor, parts: int, d: int, scale: float) -> Tensor:
+    """(m, d) float32: scale times the values at the coordinates of part_i, zero elsewhere."""
+    out, owner = np.zeros((len(values), d), np.float32), _owners(draw, parts, d)
+    for row, sent, own in zip(out, values.numpy(), part.tolist(), strict=True):
+        row[owner == own] = (sent[: (owner == own).sum()].astype(np.float64) * scale).astype(np.float32)
+    return torch.from_numpy(out)
+
+
+def mean_dealt(values: Tensor, draw: Draw, part: Tensor, parts: int, d: int, scale: float, cohort: int) -> Tensor:
+    """(d,) float32: (scale/cohort) sum_i of the rows, added in float64 from row 0 to row m-1."""
+    out, owner = np.zeros(d), _owners(draw, parts, d)
+    for sent, own in zip(values.numpy(), part.tolist(), strict=True):
+        out[owner == own] += sent[: (owner == own).sum()].astype(np.float64)
+    with np.errstate(over="ignore"):
+        return torch.from_numpy((out * scale / cohort).astype(np.float32))
+
+
 def topk(u: Tensor, k: int) -> Tensor:
     """(m, k) int64, ascending: the k coordinates of largest magnitude; ties go to the lowest index."""
     order = np.argsort(-np.abs(u.numpy()), axis=1, kind="stable")[:, :k]
@@ -659,9 +707,58 @@ def hadamard(u: Tensor) -> Tensor:
     return torch.from_numpy(x)
 
 
+def _signs_of(draw: Draw, m: int, d: int) -> np.ndarray:
+    """(m, d): the signs of each row, or of a shared draw the same for all."""
+    return np.broadcast_to(rademacher(draw, d).numpy(), (m, d))
+
+
+def rotate(u: Tensor, draws: Sequence[Draw], size: int) -> Tensor:
+    """(m, size) float32: u padded with zeros to a power of two; then for each draw its signs, then `hadamard`."""
+    y = np.zeros((len(u), size), np.float32)
+    y[:, : u.shape[1]] = u.numpy()
+    for draw in draws:
+        y = hadamard(torch.from_numpy(y * _signs_of(draw, *y.shape))).numpy()
+    return torch.from_numpy(y)
+
+
+def rotate_back(y: Tensor, draws: Sequence[Draw], d: int) -> Tensor:
+    """(m, d) float32: the inverse of `rotate`, the last draw first: `hadamard`, then signs. The padding is dropped."""
+    for draw in reversed(draws):
+        y = torch.from_numpy(hadamard(y).numpy() * _signs_of(draw, *y.shape))
+    return y[:, :d].contiguous()
+
+
+def _block_sums(terms: np.ndarray) -> Tensor:
+    """(m,) float64: `_lane_sums`, where a sum of negative zeros is a positive one."""
+    return torch.from_numpy(_lane_sums(terms) + 0.0)
+
+
 def dots(u: Tensor, v: Tensor) -> Tensor:
-    """(m,) float64: sum_j u_ij v_ij, in the lanes' order."""
-    return torch.from_numpy(_lane_sums(u.numpy().astype(np.float64) * v.numpy().astype(np.float64)))
+    """(m,) float64: sum_j u_ij v_ij, in the blocks' order."""
+    return _block_sums(u.numpy().astype(np.float64) * v.numpy().astype(np.float64))
+
+
+def encode_signs(y: Tensor) -> tuple[Tensor, Tensor]:
+    """(`sign_bits` of y, (m,) float64 sum_j |y_ij| in the blocks' order)."""
+    return sign_bits(y), _block_sums(np.abs(y.numpy().astype(np.float64)))
+
+
+def encode_points(y: Tensor, factor: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """((m, ceil(d b / 8)) uint8, (m,) float64 sum_j y_ij q_ij): q_ij of 2^b points, the one nearest y_ij factor_i.
+
+    The point's number, in b bits, is how many midpoints of neighboring points lie below y_ij factor_i (float64).
+    """
+    points = table.numpy()
+    edges = (points[1:].astype(np.float64) + points[:-1]) / 2
+    code = np.searchsorted(edges, y.numpy().astype(np.float64) * factor.numpy()[:, None])
+    along = dots(y, torch.from_numpy(points[code]))
+    return pack(torch.from_numpy(code), (len(points) - 1).bit_length()), along
+
+
+def decode_points(payload: Tensor, scale: Tensor, table: Tensor, d: int) -> Tensor:
+    """(m, d) float32: the points that the numbers name, times scale_i."""
+    code = unpack(payload, d, (len(table) - 1).bit_length())
+    return table[code] * scale[:, None]
 
 
 # ------------------------------------------------------------------------------------------------ matrices of low rank

@@ -8,10 +8,12 @@ lock. No fastmath: results are defined bit for bit, whatever the number of threa
 from shoal.kernels import reference
 from shoal.kernels.cpu.bits import decode_bits, encode_bits, mean_bits
 from shoal.kernels.cpu.codes import pack, pack_trits, unpack, unpack_trits
+from shoal.kernels.cpu.dealt import dealt_lengths, gather_dealt, mean_dealt, scatter_dealt
 from shoal.kernels.cpu.entropy import decode_entropy, encode_entropy
 from shoal.kernels.cpu.levels import decode_levels, decode_trits, encode_levels, encode_trits, mean_levels, mean_trits
 from shoal.kernels.cpu.lowrank import low_rank, outer
 from shoal.kernels.cpu.philox import below, halves, permutation, support, words
+from shoal.kernels.cpu.points import decode_points, encode_points, encode_signs
 from shoal.kernels.cpu.pointwise import (
     decode_natural,
     decode_natural_levels,
@@ -22,7 +24,7 @@ from shoal.kernels.cpu.pointwise import (
     mean_natural_levels,
     sign_bits,
 )
-from shoal.kernels.cpu.rotation import dots, hadamard, rademacher
+from shoal.kernels.cpu.rotation import dots, hadamard, rademacher, rotate, rotate_back
 from shoal.kernels.cpu.sparse import gather, mean_sparse, scatter, topk
 from shoal.kernels.cpu.strata import decode_strata, encode_strata, mean_strata
 from shoal.kernels.cpu.sums import add_rows, maxes, mean_rows, norms, square_norm

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shoal.kernels.cpu.lanes import below_64, below_128, halves_128, halves_256, words_64, words_128
 from shoal.kernels.cpu.threads import spread
+from shoal.kernels.cpu.vectors import lowest
 from shoal.kernels.draw import Draw
 
 TILE = 1024  # coordinates a pass: their random words and flags stay in the first-level cache
@@ -165,26 +166,27 @@ def permutation(draw: Draw, d: int) -> Tensor:
 @njit(cache=True, nogil=True)
 def _support(out, w, d):
     m, k = out.shape
-    taken = np.zeros(d, np.bool_)
+    taken, one, low = np.zeros((d + 63) // 64, np.uint64), np.uint64(1), np.uint64(63)
     for i in range(m):
+        row, own = out[i], w[i]
         for c in range(k):
             t = d - k + c
-            j = np.int64((np.uint64(w[i, c]) * np.uint64(t + 1)) >> _SHIFT)
-            if taken[j]:
-                j = t
-            taken[j] = True
-            out[i, c] = j
-        if 16 * k >= d:  # dense enough that reading all flags in order is cheaper than sorting
+            j = np.int64((np.uint64(own[c]) * np.uint64(t + 1)) >> _SHIFT)
+            j = t if (taken[j >> 6] >> (np.uint64(j) & low)) & one else j
+            taken[j >> 6] |= one << (np.uint64(j) & low)
+            row[c] = j
+        if 256 * k >= d:  # dense enough that reading the whole set in order is cheaper than sorting
             c = 0
-            for j in range(d):
-                if taken[j]:
-                    out[i, c] = j
-                    taken[j] = False
+            for b in range(taken.size):
+                left, taken[b] = taken[b], np.uint64(0)
+                while left:
+                    row[c] = 64 * b + lowest(left)
+                    left &= left - one
                     c += 1
         else:
             for c in range(k):
-                taken[out[i, c]] = False
-            out[i].sort()
+                taken[row[c] >> 6] = np.uint64(0)
+            row.sort()
 
 
 def support(draw: Draw, d: int, k: int) -> Tensor:

@@ -1,6 +1,13 @@
-"""The Hadamard transform, its signs, and scalar products."""
+"""Rotations by random signs and Hadamard transforms, and scalar products.
+
+The bits are those of scaling first and then stages of butterflies with strides 1, 2, 4, ...: any grouping of the same
+additions. Eight stages are done in registers, four more in the first-level cache and four in the second; what is left
+are passes over memory, four stages each. Signs and the padding cost no pass of their own.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -8,12 +15,13 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.philox import words
-from shoal.kernels.cpu.sums import added_lanes, block_sums
+from shoal.kernels.cpu.threads import LEAST, spread
+from shoal.kernels.cpu.vectors import add_products, first_256, flip_16, radix_2, radix_4, radix_8, radix_16
 from shoal.kernels.draw import Draw
-from shoal.kernels.reference import LANES, SUM_BLOCK
+from shoal.kernels.reference import SUM_BLOCK
 
-BLOCK = 4096  # coordinates whose butterflies are done while they stay in the first-level cache: 16 KiB
-COLUMNS = 128  # coordinates that are gathered from every block for the longer strides
+LEAF, INNER, BLOCK = 256, 4096, 65536  # coordinates in registers, in the first-level cache, in the second-level cache
+COLUMNS = 2048  # of a pass over memory, a unit of work
 
 
 @njit(cache=True, nogil=True)
@@ -30,82 +38,173 @@ def rademacher(draw: Draw, d: int) -> Tensor:
 
 
 @njit(inline="always")
-def _eights(x, u, scale):
-    """x = scale u after the strides 1, 2 and 4."""
-    for o in range(0, x.size, 8):
-        a0, a1, a2, a3 = u[o] * scale, u[o + 1] * scale, u[o + 2] * scale, u[o + 3] * scale
-        a4, a5, a6, a7 = u[o + 4] * scale, u[o + 5] * scale, u[o + 6] * scale, u[o + 7] * scale
-        b0, b1, b2, b3 = a0 + a1, a0 - a1, a2 + a3, a2 - a3
-        b4, b5, b6, b7 = a4 + a5, a4 - a5, a6 + a7, a6 - a7
-        c0, c1, c2, c3 = b0 + b2, b1 + b3, b0 - b2, b1 - b3
-        c4, c5, c6, c7 = b4 + b6, b5 + b7, b4 - b6, b5 - b7
-        x[o], x[o + 1], x[o + 2], x[o + 3] = c0 + c4, c1 + c5, c2 + c6, c3 + c7
-        x[o + 4], x[o + 5], x[o + 6], x[o + 7] = c0 - c4, c1 - c5, c2 - c6, c3 - c7
+def _radix(x, i, stride, count):
+    if count == 16:
+        radix_16(x, i, stride)
+    elif count == 8:
+        radix_8(x, i, stride)
+    elif count == 4:
+        radix_4(x, i, stride)
+    else:
+        radix_2(x, i, stride)
 
 
 @njit(inline="always")
-def _stages(x, stride):
-    """The stages with strides stride, 2 stride, ... of x, in place: two at a time, so that x is read half as often."""
-    while 2 * stride < x.size:
-        for lo in range(0, x.size, 4 * stride):
-            a, b = x[lo : lo + stride], x[lo + stride : lo + 2 * stride]
-            c, e = x[lo + 2 * stride : lo + 3 * stride], x[lo + 3 * stride : lo + 4 * stride]
-            for j in range(stride):
-                p, q, r, s = a[j] + b[j], a[j] - b[j], c[j] + e[j], c[j] - e[j]
-                a[j], b[j], c[j], e[j] = p + r, q + s, p - r, q - s
-        stride *= 4
-    if stride < x.size:
-        a, b = x[:stride], x[stride:]
-        for j in range(stride):
-            p, q = a[j], b[j]
-            a[j], b[j] = p + q, p - q
+def _stages(x, o, size, stride):
+    """All stages from `stride` on, of x[o:o+size] in place."""
+    while stride < size:
+        count = min(16, size // stride)
+        for group in range(o, o + size, count * stride):
+            for c in range(group, group + stride, 16):
+                _radix(x, c, stride, count)
+        stride *= count
 
 
 @njit(cache=True, nogil=True)
-def _hadamard(u, out, scale):
-    m, d = u.shape
-    block = min(d, BLOCK)
-    across = d // block
-    held = np.empty(across * COLUMNS, np.float32)
+def _blocks(u, out, signs, signed, scale, lo, hi):
+    """Blocks lo..hi-1 of all rows: signs, scale, and the stages within the block. u may be out."""
+    d, size = u.shape[1], min(out.shape[1], BLOCK)
+    across, inner, room = out.shape[1] // size, min(size, INNER), np.empty(LEAF, np.float32)
+    for q in range(lo, hi):
+        i, at = q // across, q % across * size
+        x, row, own = out[i, at : at + size], u[i], signs[i % signs.shape[0]]
+        for o in range(0, size, inner):
+            for leaf in range(o, o + inner, LEAF):
+                j = at + leaf
+                w = j // 32 if signed else 0
+                if j + LEAF <= d:
+                    first_256(row, j, scale, own, w, x, leaf)
+                else:
+                    room[:] = 0
+                    for c in range(j, d):
+                        room[c - j] = row[c]
+                    first_256(room, 0, scale, own, w, x, leaf)
+            _stages(x, o, inner, LEAF)
+        _stages(x, 0, size, inner)
+
+
+@njit(cache=True, nogil=True)
+def _columns(out, stride, count, lo, hi):
+    """The stages stride, ..., count stride / 2: units lo..hi-1 of COLUMNS columns of all rows."""
+    units = out.shape[1] // (count * COLUMNS)
+    for q in range(lo, hi):
+        column = q % units * COLUMNS
+        x, start = out[q // units], column // stride * count * stride + column % stride
+        for c in range(start, start + COLUMNS, 16):
+            _radix(x, c, stride, count)
+
+
+@njit(cache=True, nogil=True)
+def _small(u, out, signs, signed, scale):
+    """Rows shorter than LEAF."""
+    m, size = out.shape
     for i in range(m):
-        for lo in range(0, d, block):
-            x = out[i, lo : lo + block]
-            if d >= 8:
-                _eights(x, u[i, lo : lo + block], scale)
-                _stages(x, 8)
-            else:
-                for j in range(d):
-                    x[j] = u[i, j] * scale
-                _stages(x, 1)
-        if across > 1:
-            for column in range(0, block, COLUMNS):
-                for b in range(across):
-                    x, y = out[i, b * block + column :], held[b * COLUMNS : (b + 1) * COLUMNS]
-                    for j in range(COLUMNS):
-                        y[j] = x[j]
-                _stages(held, COLUMNS)
-                for b in range(across):
-                    x, y = out[i, b * block + column :], held[b * COLUMNS : (b + 1) * COLUMNS]
-                    for j in range(COLUMNS):
-                        x[j] = y[j]
+        x, own = out[i], signs[i % signs.shape[0]]
+        for j in range(size):
+            value = u[i, j] * scale if j < u.shape[1] else np.float32(0)
+            x[j] = -value if signed and (own[j >> 5] >> np.uint32(j & 31)) & 1 else value
+        stride = 1
+        while stride < size:
+            for group in range(0, size, 2 * stride):
+                for j in range(group, group + stride):
+                    a, b = x[j], x[j + stride]
+                    x[j], x[j + stride] = a + b, a - b
+            stride *= 2
+
+
+PLAIN = np.zeros((1, LEAF // 32), np.uint32)  # no sign changes
+
+
+def _transform(u: np.ndarray, out: np.ndarray, signs: np.ndarray | None) -> None:
+    """out = the transform of the rows of u, padded and with signs; in place if out is u."""
+    (m, size), signed, flips = out.shape, signs is not None, PLAIN if signs is None else signs
+    scale = np.float32(size**-0.5)
+    if size < LEAF:
+        _small(u, out, flips, signed, scale)
+        return
+    block = min(size, BLOCK)
+    spread(lambda lo, hi: _blocks(u, out, flips, signed, scale, lo, hi), m * (size // block), 1, max(1, LEAST // block))
+    stride = block
+    while stride < size:
+        count = min(16, size // stride)
+        units, least = m * size // (count * COLUMNS), max(1, LEAST // (count * COLUMNS))
+        spread(lambda lo, hi, s=stride, k=count: _columns(out, s, k, lo, hi), units, 1, least)  # type: ignore[misc]
+        stride *= count
 
 
 def hadamard(u: Tensor) -> Tensor:
-    out = torch.empty(u.shape)
-    _hadamard(u.numpy(), out.numpy(), np.float32(u.shape[1] ** -0.5))
-    return out
+    out = np.empty(u.shape, np.float32)
+    _transform(u.numpy(), out, None)
+    return torch.from_numpy(out)
+
+
+def _signs(draw: Draw, size: int) -> np.ndarray:
+    return words(draw, -(-size // 32)).numpy()
+
+
+def rotate(u: Tensor, draws: Sequence[Draw], size: int) -> Tensor:
+    out, source = np.empty((len(u), size), np.float32), u.numpy()
+    for draw in draws:
+        _transform(source, out, _signs(draw, size))
+        source = out
+    return torch.from_numpy(out)
 
 
 @njit(cache=True, nogil=True)
-def _dot_sums(u, v, blocks, out, lo, hi):
-    for k in range(lo, hi):
-        first, lanes = k % blocks * SUM_BLOCK, np.zeros(LANES)
-        for j in range(first, min(first + SUM_BLOCK, u.shape[1])):
-            lanes[j % LANES] += np.float64(u[k // blocks, j]) * np.float64(v[k // blocks, j])
-        out[k] = added_lanes(lanes)
+def _flip(y, signs, out, lo, hi):
+    for i in range(out.shape[0]):
+        x, own, to = y[i], signs[i % signs.shape[0]], out[i]
+        for j in range(lo, hi - 15, 16):
+            flip_16(x, j, own, j // 16, to, j)
+        for j in range(hi - (hi - lo) % 16, hi):
+            to[j] = -x[j] if (own[j >> 5] >> np.uint32(j & 31)) & 1 else x[j]
+
+
+def rotate_back(y: Tensor, draws: Sequence[Draw], d: int) -> Tensor:
+    m, size = y.shape
+    turned, source, signs = np.empty((m, size), np.float32), y.numpy(), None
+    for draw in reversed(draws):
+        # The signs that follow one transform are those in front of the next.
+        _transform(source, turned, signs)
+        source, signs = turned, _signs(draw, size)
+    out = turned if d == size else np.empty((m, d), np.float32)
+    spread(lambda lo, hi: _flip(turned, signs, out, lo, hi), d, 16, max(1, LEAST // max(m, 1)))
+    return torch.from_numpy(out)
+
+
+@njit(cache=True, nogil=True)
+def _dots(u, v, out, lo, hi):
+    """out[q] for pieces lo..hi-1 of all rows."""
+    d, lanes = u.shape[1], np.empty(16)
+    pieces = (d + SUM_BLOCK - 1) // SUM_BLOCK
+    for q in range(lo, hi):
+        a, b = u[q // pieces], v[q // pieces]
+        first = q % pieces * SUM_BLOCK
+        last = min(d, first + SUM_BLOCK)
+        lanes[:] = 0.0
+        for j in range(first, last - 63, 64):
+            add_products(a, j, b, j, lanes)
+        for j in range(last - (last - first) % 64, last):
+            lanes[j % 16] += np.float64(a[j]) * np.float64(b[j])
+        total = lanes[0]
+        for lane in range(1, 16):
+            total += lanes[lane]
+        out[q] = total
+
+
+@njit(cache=True, nogil=True)
+def add_pieces(sums):
+    """(m,): the sums of the rows' pieces, in their order."""
+    out = np.empty(sums.shape[0])
+    for i in range(out.size):
+        out[i] = sums[i, 0]
+        for p in range(1, sums.shape[1]):
+            out[i] += sums[i, p]
+    return out
 
 
 def dots(u: Tensor, v: Tensor) -> Tensor:
-    a, b = u.numpy(), v.numpy()
-    sums = block_sums(lambda *part: _dot_sums(a, b, *part), *a.shape)
-    return torch.from_numpy(np.ascontiguousarray(np.add.accumulate(sums, axis=1)[:, -1]))
+    (m, d), a, b = u.shape, u.numpy(), v.numpy()
+    sums = np.empty((m, -(-d // SUM_BLOCK)))
+    spread(lambda lo, hi: _dots(a, b, sums.reshape(-1), lo, hi), sums.size, 1, max(1, LEAST // SUM_BLOCK))
+    return torch.from_numpy(add_pieces(sums))

@@ -7,6 +7,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from shoal.kernels.cpu.threads import LEAST, spread
+from shoal.kernels.cpu.vectors import keep_16
+
 
 @njit(cache=True, nogil=True)
 def _gather(u, index, pointer, out):
@@ -55,44 +58,115 @@ def mean_sparse(values: Tensor, index: Tensor, pointer: Tensor, d: int, scale: f
     return torch.from_numpy(out)
 
 
+BUCKETS = 1024  # by the exponent and two bits of the mantissa
+PIECE = 1 << 18  # coordinates of one row that a thread counts or collects at a time
+_SIZE, _BITS = np.uint32(0x7FFFFFFF), np.uint32(21)
+
+
 @njit(cache=True, nogil=True)
-def _topk(bits, out):
-    m, d = bits.shape
-    k = out.shape[1]
-    near = np.empty(d, np.uint32)
-    count = np.empty(2048, np.int64)
-    for i in range(m):
-        row = bits[i]
-        count[:] = 0
-        for j in range(d):
-            count[(row[j] & np.uint32(0x7FFFFFFF)) >> np.uint32(20)] += 1
-        # The bucket that holds the k-th largest: its members alone are put in order.
-        bucket, above = 2047, 0
-        while above + count[bucket] < k:
-            above += count[bucket]
-            bucket -= 1
-        c = 0
-        for j in range(d):
-            size = row[j] & np.uint32(0x7FFFFFFF)
-            near[c] = size
-            c += (size >> np.uint32(20)) == bucket
-            if c == d:
-                break
-        held = near[:c]
-        place = c - (k - above)
-        least = np.partition(held, place)[place]
-        for j in range(c):
-            above += held[j] > least
-        ties, c = k - above, 0
-        for j in range(d):
-            size = row[j] & np.uint32(0x7FFFFFFF)
-            if size >= least and (size > least or ties > 0):
-                ties -= size == least
-                out[i, c] = j
-                c += 1
+def _tally(row, lo, hi, count):
+    """count[b] = how many magnitudes of row[lo:hi] are in bucket b."""
+    some = np.zeros((4, BUCKETS), np.uint32)  # four counters, so that equal neighbors do not wait for each other
+    for j in range(lo, hi - 3, 4):
+        some[0, (row[j] & _SIZE) >> _BITS] += np.uint32(1)
+        some[1, (row[j + 1] & _SIZE) >> _BITS] += np.uint32(1)
+        some[2, (row[j + 2] & _SIZE) >> _BITS] += np.uint32(1)
+        some[3, (row[j + 3] & _SIZE) >> _BITS] += np.uint32(1)
+    for j in range(hi - (hi - lo) % 4, hi):
+        some[0, (row[j] & _SIZE) >> _BITS] += np.uint32(1)
+    for b in range(BUCKETS):
+        count[b] = some[0, b] + some[1, b] + some[2, b] + some[3, b]
+
+
+@njit(cache=True, nogil=True)
+def _border(counts, k):
+    """(bucket, above): the bucket that holds the k-th largest, and how many lie above that bucket."""
+    bucket, above = BUCKETS, 0
+    while True:
+        bucket -= 1
+        inside = 0
+        for p in range(counts.shape[0]):
+            inside += counts[p, bucket]
+        if above + inside >= k:
+            return bucket, above
+        above += inside
+
+
+@njit(cache=True, nogil=True)
+def _collect(row, lo, hi, bucket, near, c):
+    """near[c:] = the coordinates in row[lo:hi] of this bucket or one above, ascending: the new c."""
+    least = np.uint32(bucket << 21)
+    for j in range(lo, hi - 15, 16):
+        c = keep_16(row, j, least, near, c)
+    for j in range(hi - (hi - lo) % 16, hi):
+        if (row[j] & _SIZE) >= least:
+            near[c] = j
+            c += 1
+    return c
+
+
+@njit(cache=True, nogil=True)
+def _settle(row, near, bucket, above, out):
+    """Of the coordinates that are near, the k of largest magnitude, ascending; ties go to the lowest."""
+    k, inside = out.size, np.empty(near.size - above, np.uint32)
+    c, end = 0, np.uint64((bucket + 1) << 21)
+    for j in near:
+        size = row[j] & _SIZE
+        if np.uint64(size) < end:
+            inside[c] = size
+            c += 1
+    place = c - (k - above)
+    least = np.partition(inside, place)[place]
+    for size in inside:
+        above += size > least
+    ties, c = k - above, 0
+    for j in near:
+        size = row[j] & _SIZE
+        if size > least or (size == least and ties > 0):
+            ties -= size == least
+            out[c] = j
+            c += 1
+
+
+@njit(cache=True, nogil=True)
+def _rows(bits, out, lo, hi):
+    """Rows lo..hi-1, each at once."""
+    d, k = bits.shape[1], out.shape[1]
+    near, counts = np.empty(d, np.uint32), np.empty((1, BUCKETS), np.uint32)
+    for i in range(lo, hi):
+        _tally(bits[i], 0, d, counts[0])
+        bucket, above = _border(counts, k)
+        _settle(bits[i], near[: _collect(bits[i], 0, d, bucket, near, 0)], bucket, above, out[i])
+
+
+def _shared(row: np.ndarray, out: np.ndarray) -> None:
+    """One long row, by all threads: they count, then collect what each knows to be near, each in its own place."""
+    d = row.size
+    counts = np.empty((-(-d // PIECE), BUCKETS), np.uint32)
+
+    def tally(lo: int, hi: int) -> None:
+        for p in range(lo, hi):
+            _tally(row, p * PIECE, min(d, (p + 1) * PIECE), counts[p])
+
+    spread(tally, len(counts), least=1)
+    bucket, above = _border(counts, out.size)
+    ends = np.cumsum(counts[:, bucket:].sum(1, dtype=np.int64))
+    near = np.empty(ends[-1], np.uint32)
+
+    def collect(lo: int, hi: int) -> None:
+        for p in range(lo, hi):
+            _collect(row, p * PIECE, min(d, (p + 1) * PIECE), bucket, near, int(ends[p - 1]) if p else 0)
+
+    spread(collect, len(counts), least=1)
+    _settle(row, near, bucket, above, out)
 
 
 def topk(u: Tensor, k: int) -> Tensor:
-    out = np.empty((len(u), k), np.int64)
-    _topk(u.numpy().view(np.uint32), out)
+    (m, d), bits = u.shape, u.numpy().view(np.uint32)
+    out = np.empty((m, k), np.int64)
+    if d < 2 * PIECE:
+        spread(lambda lo, hi: _rows(bits, out, lo, hi), m, least=max(1, LEAST // d))
+    else:
+        for i in range(m):
+            _shared(bits[i], out[i])
     return torch.from_numpy(out)

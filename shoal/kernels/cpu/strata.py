@@ -8,7 +8,7 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.bits import V, cell_scale
-from shoal.kernels.cpu.levels import pack
+from shoal.kernels.cpu.codes import pack
 from shoal.kernels.cpu.philox import TILE, fill_halves, key, word
 from shoal.kernels.draw import Draw
 
