@@ -244,7 +244,10 @@ def ab_for_inputs(compressor: Compressor, setting: Setting, equal: bool) -> AB:
 
 
 # ------------------------------------------------------------------------------------------------ methods
-Gradient = Callable[[Vector, Round], Rows]  # pure: a minibatch is drawn from the round
+class Gradient(Protocol):
+    """What a worker may ask: `Problem.grad` of its clients. Pure: samples are drawn from the round."""
+
+    def __call__(self, x: Vector, rnd: Round, batch: int | None = None) -> Rows: ...
 
 
 class Dense(Compressor):
@@ -368,8 +371,13 @@ class Problem(ABC):
     def evaluate(self, x: Vector, clients: Tensor) -> tuple[Tensor, Rows]:
         """(values (m,) float64, gradients (m, d) float32) of these clients' f_i at x, on all their data."""
 
-    def grad(self, x: Vector, rnd: Round) -> Rows:
-        """What a method's worker sees of grad f_i; a stochastic problem draws its minibatch from the round."""
+    def grad(self, x: Vector, rnd: Round, batch: int | None = None) -> Rows:
+        """What a method's worker sees of grad f_i: on all its data, or on `batch` of its samples.
+
+        Which samples is a pure function of (seed, round, client): two points in one round meet the same ones, drawn
+        uniformly without replacement, all of them where a client has no more. An f_i that is not a mean of samples is
+        a mean of one, as here. A stochastic problem draws from the round in any case.
+        """
         return self.evaluate(x, rnd.clients)[1]
 
     @abstractmethod

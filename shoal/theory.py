@@ -36,6 +36,9 @@ class Constant(float):
         return f"{float(self):.6g} ({self.status})"
 
 
+ONE, ZERO = Constant(1.0, "exact"), Constant(0.0, "exact")
+
+
 @dataclass(frozen=True)
 class Smoothness:
     """What is known of f = (1/n) sum f_i. A field is None where nothing is known.
@@ -46,6 +49,11 @@ class Smoothness:
     tilde  sqrt(mean L_i^2);  max  max L_i, with L_i the Lipschitz constant of grad f_i
     mu     PL constant: ||grad f(x)||^2 >= 2 mu (f(x) - f_*)
     f_inf  (1/n) sum inf f_i, or a lower bound of it; None where some f_i has no lower bound
+
+    Where f_i = (1/N_i) sum_j f_ij is a mean of samples (by default of one, f_i itself):
+    samples  (1/n) sum N_i;  most  max N_i
+    sample   L_s:  (1/n) sum_i (1/N_i) sum_j ||D_ij - D_i||^2 <= L_s^2 ||x - y||^2, D = grad f(x) - grad f(y)
+    noise    sigma^2:  (1/n) sum_i (1/N_i) sum_j ||grad f_ij(x) - grad f_i(x)||^2 <= sigma^2 for all x
     """
 
     minus: Constant
@@ -55,6 +63,10 @@ class Smoothness:
     max: Constant
     mu: Constant | None = None
     f_inf: Constant | None = None
+    samples: Constant = ONE
+    most: Constant = ONE
+    sample: Constant = ZERO
+    noise: Constant = ZERO
 
     def facts(self) -> dict[str, tuple[float, Status]]:
         """The known fields as name -> (value, status): what a report prints."""
@@ -163,6 +175,23 @@ def best_p(full_bits: float, code_bits: float, L_minus: float, Gamma: float, mu:
     near = (grid[max(k - 1, 0)], grid[min(k + 1, points)])
     inner = minimize_scalar(bits, bounds=near, method="bounded", options={"xatol": 1e-9})
     return math.exp(min((grid[k], float(inner.x)), key=bits))
+
+
+def drawn(batch: int, most: float) -> float:
+    """(N - b) / (b (N - 1)), N = most: the variance of a mean of b of N samples, drawn without replacement, over that
+    of one sample; 0 where b >= N. It grows with N, so that `most` bounds it for all clients."""
+    return 0.0 if batch >= most else (most - batch) / (batch * (most - 1.0))
+
+
+def gamma_samples(ab: AB, L: Smoothness, n: int, share: float) -> float:
+    """Gamma where b samples are compared at both points, V = share L_s^2 with share = `drawn(b, most)`:
+
+    (a-b) L_+^2 + b L_±^2 + (a + (1-b)/n) V + c (L_max + sqrt(n V))^2.
+    """
+    V = share * L.sample**2
+    spread = max(0.0, ab.a + (1.0 - ab.b) / n) * V
+    top = (L.max + math.sqrt(n * V)) ** 2
+    return max(0.0, ab.a - ab.b) * L.plus**2 + ab.b * L.pm**2 + spread + ab.c * top
 
 
 def ef21_constants(alpha: float) -> tuple[float, float]:

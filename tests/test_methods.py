@@ -92,11 +92,18 @@ def estimates(
     method: Method, server: object, worker: object, x: torch.Tensor, draws: int = 1500
 ) -> tuple[np.ndarray, list]:
     """(draws, d) of g at x from one and the same state, over as many rounds; and the workers' states after it."""
+    return estimates_on(MIXED, method, server, worker, x, draws)
+
+
+def estimates_on(
+    problem: Problem, method: Method, server: object, worker: object, x: torch.Tensor, draws: int = 1500
+) -> tuple[np.ndarray, list]:
+    """`estimates` on another problem."""
     g, after = np.empty((draws, len(x))), []
     for k in range(draws):
-        rnd = Round.full(k + 1, 5, MIXED.n)
+        rnd = Round.full(k + 1, 5, problem.n)
         down, _ = method.down(server, x, rnd)
-        u, new = method.up(worker, down, MIXED.grad, rnd)
+        u, new = method.up(worker, down, problem.grad, rnd)
         code = method.code(rnd)
         rnd = replace(rnd, agreed=float(code.prepare(u, rnd).max())) if code.agrees else rnd
         sent = code.encode(u, rnd)

@@ -5,5 +5,6 @@ from shoal.methods.diana import Diana
 from shoal.methods.ef21 import EF21
 from shoal.methods.gd import GD
 from shoal.methods.marina import Marina
+from shoal.methods.vr_marina import VRMarina
 
-__all__ = ["DCGD", "EF21", "GD", "Diana", "Marina"]
+__all__ = ["DCGD", "EF21", "GD", "Diana", "Marina", "VRMarina"]

@@ -62,8 +62,10 @@ class Watch:
         total /= n
         return float(total[-1]), ops.square_norm(total[:-1])
 
-    def grad(self, x: Vector, rnd: Round) -> Rows:
+    def grad(self, x: Vector, rnd: Round, batch: int | None = None) -> Rows:
         """The method's view of the gradients: remembered rows where they are the same thing, else computed."""
+        if batch is not None:
+            return self.problem.grad(x, rnd, batch)
         if self._rows is not None and self._x is not None and torch.equal(x, self._x):
             at = int(torch.searchsorted(self.channel.clients, rnd.clients[:1]))
             if torch.equal(self.channel.clients[at : at + len(rnd.clients)], rnd.clients):
@@ -113,13 +115,14 @@ def _uplink(
     code, parts, d = method.code(rnd), watch.parts, watch.problem.d
     width = code.capacity(rnd.cohort, d)
     whole: Messages | None = None
+    before = workers
     if len(parts) > 1:
         workers = own(workers)
 
-    def send(u: Rows, part: slice, rnd: Round) -> None:
+    def send(u: Rows, part: slice, rnd: Round, moved: Any) -> None:
         nonlocal whole, workers
         sent = code.encode(u, rnd.rows(part))
-        workers = put(workers, part, method.commit(take(workers, part), sent, rnd.rows(part)))
+        workers = put(workers, part, method.commit(moved, sent, rnd.rows(part)))
         if len(parts) == 1:
             whole = sent
             return
@@ -130,17 +133,19 @@ def _uplink(
 
     held = []
     for part in parts:
-        u, new = method.up(take(workers, part), down, watch.grad, rnd.rows(part))
+        # From the state before the round: what all workers share has moved already where an earlier chunk is done.
+        u, new = method.up(take(before, part), down, watch.grad, rnd.rows(part))
         workers = put(workers, part, new)
         if code.agrees:
             held.append((u, part))
         else:
-            send(u, part, rnd)
+            send(u, part, rnd, take(workers, part))
     if code.agrees:
+        moved = workers
         scalars = torch.cat([code.prepare(u, rnd.rows(part)) for u, part in held])
         rnd = replace(rnd, agreed=channel.agree(scalars, rnd))
         for u, part in held:
-            send(u, part, rnd)
+            send(u, part, rnd, take(moved, part))
     assert whole is not None
     return whole, workers, rnd
 

@@ -1,0 +1,209 @@
+"""Samples and cohorts: minibatches from the round, the variance-reduced methods, clients that stay away.
+
+Statistical tests fix their seeds and allow six standard errors: 2e-9 for a normal mean of 500 draws or more.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from scipy.sparse import csr_array
+from test_methods import SIX, estimates_on, iterates, mean_and_error
+from zoo import MIXED, TappedLocal, resolved, setting, trace
+
+from shoal.compressors import Correlated, PermK, RandK
+from shoal.core import Problem, Round
+from shoal.errors import ConfigError
+from shoal.methods import Marina, VRMarina
+from shoal.problems import Classification
+from shoal.theory import drawn, gamma_samples, step_size
+
+IDS = torch.arange(5)
+DATA = [zoo.classification("logistic"), zoo.classification("nonconvex")]
+data = pytest.mark.parametrize("problem", DATA, ids=["logistic", "nonconvex"])
+
+
+def even(n: int = 3, rows: int = 8, d: int = 4, loss: str = "logistic") -> Classification:
+    """n clients of as many rows each."""
+    rng = np.random.default_rng(1)
+    A, y = rng.normal(size=(n * rows, d)), np.where(rng.random(n * rows) < 0.5, 1.0, -1.0)
+    return Classification(csr_array(A), y, np.split(np.arange(n * rows), n), loss, lam=0.05)
+
+
+def samples(problem: Classification, x: torch.Tensor) -> list[np.ndarray]:
+    """grad f_ij(x), (N_i, d) for every client: n N_i/N phi'(a'x) a + the regularizer's gradient, written out."""
+    z, out = x.double().numpy(), []
+    regular = 2 * z / (1 + z**2) ** 2 if problem.loss == "logistic" else z
+    for a, b in zip(problem._starts[:-1], problem._starts[1:], strict=True):
+        A = problem._A[a:b].toarray()
+        s = 1 / (1 + np.exp(-A @ z))
+        slope = s - 1 if problem.loss == "logistic" else -2 * s * (1 - s) ** 2
+        out.append(problem.n * (b - a) / problem.total_rows * slope[:, None] * A + problem.lam * regular)
+    return out
+
+
+def point(problem: Problem, scale: float = 0.5) -> torch.Tensor:
+    return scale * torch.linspace(-1, 1, problem.d)
+
+
+# ------------------------------------------------------------------------------------------------ minibatches
+@data
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_a_batch_is_the_mean_of_its_samples(problem, batch):
+    x, rnd = point(problem), Round.full(4, 9, 5)
+    rows, counts, sizes = problem._drawn(rnd, batch)
+    each, places = samples(problem, x), np.split(rows, np.cumsum(counts)[:-1])
+    for i, place in enumerate(places):
+        assert len(place) == min(batch, sizes[i])
+        assert len(set(place.tolist())) == len(place), "drawn without replacement"
+        mean = each[i][place - problem._starts[i]].mean(0)
+        assert np.allclose(problem.grad(x, rnd, batch)[i].numpy(), mean, rtol=1e-6, atol=1e-6)
+
+
+@data
+def test_a_batch_is_a_function_of_seed_round_and_client(problem):
+    """The same rows at another point, for other hosts, and in other cohorts; other ones in another round or seed."""
+    rnd = Round.full(4, 9, 5)
+    whole, chosen = problem.grad(point(problem), rnd, 3), problem._drawn(rnd, 3)[0]
+    for ids in ([1, 3], [4], [0, 1, 2, 3, 4]):
+        some = torch.tensor(ids)
+        for held in (problem, problem.only(some)):
+            assert torch.equal(held.grad(point(problem), Round.full(4, 9, 5, some), 3), whole[some])
+            cohort = Round(4, 9, 5, some, torch.arange(len(ids)), len(ids))
+            assert torch.equal(held.grad(point(problem), cohort, 3), whole[some])
+    others = [Round.full(5, 9, 5), Round.full(4, 8, 5)]
+    assert all(not np.array_equal(problem._drawn(other, 3)[0], chosen) for other in others)
+
+
+@data
+def test_a_batch_of_all_is_the_gradient_to_the_bit(problem):
+    x, most = point(problem), int(problem.smoothness().most)
+    for batch in (most, most + 7):
+        assert torch.equal(problem.grad(x, Round.full(2, 0, 5), batch), problem.evaluate(x, IDS)[1])
+    assert torch.equal(MIXED.grad(point(MIXED), Round.full(2, 0, 5), 1), MIXED.evaluate(point(MIXED), IDS)[1])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_variance_of_a_batch(batch):
+    """E of the batch is the gradient, and the variance (N - b)/(b (N - 1)) of one sample's: an equality."""
+    problem = even()
+    x, each = point(problem), samples(problem, point(problem))
+    mean = np.stack([e.mean(0) for e in each])
+    one = np.mean([np.square(e - e.mean(0)).sum(1).mean() for e in each])
+    found = np.stack([problem.grad(x, Round.full(k, 3, 3), batch).numpy() for k in range(1500)])
+    square, error = mean_and_error(np.square(found - mean).sum(2).mean(1))
+    assert abs(square - drawn(batch, 8) * one) <= error
+    assert np.all(np.abs(found.mean(0) - mean) <= SIX * found.std(0) / np.sqrt(1500) + 1e-6)
+
+
+@data
+def test_constants_of_samples(problem):
+    """L_s and sigma^2 hold along lines of many directions and lengths, and L_s is no more than three times what the
+    best of them shows on the logistic loss, near 0 where every phi'' is 1/4."""
+    L, rng, best = problem.smoothness(), np.random.default_rng(0), 0.0
+    assert (L.samples, L.most) == (12.0, max(np.diff(problem._starts)))
+    directions = [*np.eye(problem.d), *rng.normal(size=(60, problem.d))]
+    for direction in directions:
+        for at, size in ((0.0, 1e-2), (0.0, 1.0), (1.0, 0.1), (3.0, 10.0)):
+            x = torch.from_numpy(at * rng.normal(size=problem.d)).float()
+            y = x + torch.from_numpy(size * direction).float()
+            moved = [b - a for a, b in zip(samples(problem, x), samples(problem, y), strict=True)]
+            spread = np.mean([np.square(m - m.mean(0)).sum(1).mean() for m in moved])
+            best = max(best, np.sqrt(spread / float((y.double() - x.double()).square().sum())))
+            noise = np.mean([np.square(e - e.mean(0)).sum(1).mean() for e in samples(problem, x)])
+            assert noise <= L.noise
+    assert best <= L.sample * (1 + 1e-9)
+    assert problem.loss == "nonconvex" or best >= L.sample / 3
+
+
+# ------------------------------------------------------------------------------------------------ VR-MARINA
+CODES = [RandK(3), PermK(), Correlated()]
+
+
+@pytest.mark.parametrize("problem", [*DATA, MIXED], ids=repr)
+@pytest.mark.parametrize("code", [RandK(3), Correlated()], ids=repr)
+def test_all_samples_are_marina_to_the_bit(problem, code):
+    most = int(problem.smoothness().most)
+    for large in (None, most):
+        method = resolved(VRMarina(code, p=0.3, batch=most, large=large), problem)
+        assert trace(problem, method) == trace(problem, Marina(code, p=0.3))
+        step, plain = method.step_size(setting(problem)), Marina(code, p=0.3).step_size(setting(problem))
+        assert step.gamma == plain.gamma
+        assert step.constants.get("floor", 0.0) == 0.0
+
+
+@pytest.mark.parametrize("code", CODES, ids=repr)
+def test_recursion_of_vr_marina(code):
+    """E||g+ - grad f(x+)||^2 <= (1-p) (||g - grad f(x)||^2 + Gamma ||x+ - x||^2), and before smoothness enters it is
+    an equality for RandK on clients of equally many rows."""
+    problem = even(n=5, rows=6, d=12)
+    x, ahead, n = point(problem), point(problem, 0.9), 5
+    method, kinds = VRMarina(code, p=0.25, batch=2), inspect.getmodule(VRMarina)
+    before, after = problem.evaluate(x, IDS)[1].double(), problem.evaluate(ahead, IDS)[1].double()
+    server = kinds.Server((before.mean(0) + torch.linspace(-0.02, 0.03, problem.d)).float())
+    g = estimates_on(problem, method, server, kinds.Worker(x), ahead, 500)[0]
+    mean, error = mean_and_error(((g - after.mean(0).numpy()) ** 2).sum(1))
+    start, moved = float((server.g.double() - before.mean(0)).square().sum()), (after - before).numpy()
+    each = [b - a for a, b in zip(samples(problem, x), samples(problem, ahead), strict=True)]
+    V = drawn(2, 6) * np.mean([np.square(m - m.mean(0)).sum(1).mean() for m in each])
+    squares, dx = np.square(moved).sum(1), float((ahead - x).double().square().sum())
+    for ab in code.ab(n, problem.d).all():
+        sharp = ab.a * squares.mean() - ab.b * np.square(moved.mean(0)).sum() + (ab.a + (1 - ab.b) / n) * V
+        lost = sharp + ab.c * (np.sqrt(squares.max()) + np.sqrt(n * V)) ** 2
+        assert mean <= 0.75 * (start + lost) + error
+        assert lost <= gamma_samples(ab, problem.smoothness(), n, drawn(2, 6)) * dx * (1 + 1e-6)
+        if isinstance(code, RandK):
+            assert mean >= 0.75 * (start + lost) - error
+
+
+@data
+@pytest.mark.parametrize("large", [None, 6])
+def test_theorem_of_vr_marina(problem, large):
+    """mean E||grad f||^2 <= 2 Phi_0/(gamma K) + floor, with f >= 0 and Phi_0 = f(x^0) + gamma floor/(2 p)."""
+    method = resolved(VRMarina(RandK(3), p=0.3, batch=2, large=large), problem)
+    step = method.step_size(setting(problem))
+    floor, start = step.constants.get("floor", 0.0), float(problem.evaluate(problem.start(), IDS)[0].mean())
+    assert (floor > 0) == (large is not None)
+    runs = [iterates(method, problem, step.gamma, 40, seed)[:40] for seed in range(6)]
+    means = [np.mean([float(problem.evaluate(x, IDS)[1].double().mean(0).square().sum()) for x in run]) for run in runs]
+    bound = 2 * (start + step.gamma * floor / 0.6) / (step.gamma * 40) + floor
+    assert np.mean(means) <= bound
+
+
+def test_step_size_of_vr_marina():
+    """For independent compressors the paper's Gamma = (omega L_+^2 + (1 + omega) L_s^2 share) / n, 1/b' made sharp."""
+    problem = DATA[0]
+    s, share = problem.smoothness(), drawn(2, DATA[0].smoothness().most)
+    step = VRMarina(RandK(3), p=0.2, batch=2).step_size(setting(problem))
+    Gamma = (3 * s.plus**2 + 4 * s.sample**2 * share) / 5
+    assert step.gamma == pytest.approx(step_size(s.minus, Gamma, 0.2))
+    assert share < 1 / 2
+
+
+def test_resolved_vr_marina():
+    """batch: a hundredth; p: the lesser of the paper's two ratios, of bits and of samples."""
+    method = VRMarina(RandK(3)).resolved(setting(DATA[0]))
+    assert (method.batch, method.p) == (1, pytest.approx(1 / 13))
+    assert VRMarina(RandK(3), batch=12, large=4 * 12).resolved(setting(DATA[0])).p == 0.25, "96 of 384 bits"
+    assert method.resolved(setting(DATA[0])) == method
+    for bad in ({"batch": 0}, {"batch": True}, {"large": 2.5}, {"batch": 3, "large": 2}):
+        with pytest.raises(ConfigError, match="VRMarina"):
+            VRMarina(RandK(3), **bad)
+    with pytest.raises(ConfigError, match="not resolved"):
+        trace(DATA[0], VRMarina(RandK(3), p=0.5))
+
+
+@pytest.mark.parametrize(
+    "method", [VRMarina(RandK(3), p=0.3, batch=2), VRMarina(Correlated(), p=0.3, batch=3)], ids=repr
+)
+@data
+def test_chunks_of_samples(method, problem):
+    """What the workers share moves once a round, whatever the chunks."""
+    assert trace(problem, method, chunk=1) == trace(problem, method, chunk=3) == trace(problem, method)
+    assert (
+        trace(problem, method, lambda: TappedLocal(5), measure=False)["payloads"] == trace(problem, method)["payloads"]
+    )
