@@ -194,6 +194,41 @@ def gamma_samples(ab: AB, L: Smoothness, n: int, share: float) -> float:
     return max(0.0, ab.a - ab.b) * L.plus**2 + ab.b * L.pm**2 + spread + ab.c * top
 
 
+def vr_diana_weights(
+    gamma: float, L_minus: float, L_plus: float, omega: float, n: int, V: float, shift: float, p: float, mu: float
+) -> tuple[float, float] | None:
+    """The least weights of VR-DIANA's memories at this gamma (docs/derivations/sampling.md); None if there are none.
+
+    Phi = f - f_* + w mean ||grad f_i - h_i||^2 + z ||x - w||^2 falls by gamma/2 ||grad f||^2 a round, or by the factor
+    1 - gamma mu where mu > 0.
+    """
+    A, C, E = omega / n * gamma**2, (1.0 + omega) * V / n * gamma**2, (1.0 + 2.0 / shift) * L_plus**2
+    P, S, R = shift / 2.0 - gamma * mu - E * A, p / 2.0 - gamma * mu - C, 1.5 * shift * V + E * C
+    if P <= 0.0 or S <= 0.0 or P * S <= A * R:
+        return None
+    det = P * S - A * R
+    w, z = L_minus / 2.0 * (A * S + A * C) / det, L_minus / 2.0 * (P * C + R * A) / det
+    left = 0.5 - gamma * (L_minus / 2.0 + w * E + z * (1.0 + 2.0 / p))
+    return (w, z) if left >= 0.0 else None
+
+
+def vr_diana_step(
+    L_minus: float, L_plus: float, omega: float, n: int, V: float, shift: float, p: float, mu: float = 0.0
+) -> tuple[float, float]:
+    """(gamma, w): the largest step size with weights, by bisection to 1e-12 from the safe side, and its weight w."""
+    low, high = 0.0, 1.0 / L_minus
+    best = vr_diana_weights(high, L_minus, L_plus, omega, n, V, shift, p, mu)
+    if best is not None:
+        return high, best[0]
+    weight = 0.0
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2.0
+        found = vr_diana_weights(middle, L_minus, L_plus, omega, n, V, shift, p, mu)
+        low, high = (low, middle) if found is None else (middle, high)
+        weight = weight if found is None else found[0]
+    return low, weight
+
+
 def ef21_constants(alpha: float) -> tuple[float, float]:
     """(theta, beta) of EF21: theta = 1 - sqrt(1-alpha), beta = (1-alpha) / (1 - sqrt(1-alpha))."""
     root = math.sqrt(1.0 - alpha)

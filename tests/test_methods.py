@@ -26,7 +26,7 @@ from shoal.core import Method, Problem, Round
 from shoal.descents import Step
 from shoal.errors import ConfigError
 from shoal.kernels import Draw, cpu
-from shoal.methods import DCGD, EF21, GD, Diana, Marina
+from shoal.methods import DCGD, EF21, GD, Diana, Marina, VRDiana
 from shoal.runtimes import Local, rounds
 from shoal.theory import AB
 
@@ -184,6 +184,8 @@ def potential(method: Method, problem: Problem, gamma: float, pl: bool) -> float
     delta = float(problem.evaluate(problem.start(), torch.arange(problem.n))[0].mean()) - problem.f_star
     squares = float(problem.evaluate(problem.start(), torch.arange(problem.n))[1].double().square().sum(1).mean())
     twice = 2.0 if pl else 1.0
+    if isinstance(method, VRDiana):  # the weight of mean ||grad f_i(x^0) - h_i^0||^2, and h_i^0 = 0
+        return delta + method.step_size(setting(problem, pl=pl)).constants["weight"] * squares
     if isinstance(method, Diana):  # (gamma omega / (n shift)) mean ||grad f_i(x^0) - h_i^0||^2, and h_i^0 = 0
         return delta + twice * gamma * method.compressor.omega(problem.d) / (problem.n * method.shift) * squares
     if isinstance(method, EF21):  # gamma / (2 theta) mean ||g_i^0 - grad f_i(x^0)||^2, and g_i^0 = C(grad f_i(x^0))

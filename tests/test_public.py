@@ -18,13 +18,13 @@ NAMES = {
         "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Composed", "Correlated", "Dense", "Diana",
         "Drive", "Eden", "Grid", "Independent", "Marina", "MeanEstimate", "Natural", "NaturalDithering",
         "PerLayer", "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary",
-        "TopK", "VRMarina", "mean_estimation", "simulate",
+        "TopK", "VRDiana", "VRMarina", "mean_estimation", "simulate",
     ],
     compressors: [
         "QSGD", "Bernoulli", "Composed", "Correlated", "Dense", "Drive", "Eden", "Grid", "Independent", "Natural",
         "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled", "Sign", "Ternary", "TopK",
     ],
-    methods: ["DCGD", "EF21", "GD", "Diana", "Marina", "VRMarina"],
+    methods: ["DCGD", "EF21", "GD", "Diana", "Marina", "VRDiana", "VRMarina"],
     problems: ["Classification", "Quadratics", "measured_pm"],
     errors: [
         "BadMagic", "CheckpointCorrupt", "CheckpointError", "ChecksumError", "ConfigError", "ConfigMismatch",

@@ -12,15 +12,15 @@ import pytest
 import torch
 import zoo
 from scipy.sparse import csr_array
-from test_methods import SIX, estimates_on, iterates, mean_and_error
+from test_methods import SIX, descended, estimates_on, iterates, mean_and_error
 from zoo import MIXED, TappedLocal, resolved, setting, trace
 
-from shoal.compressors import Correlated, PermK, RandK
+from shoal.compressors import QSGD, Correlated, Dense, PermK, RandK
 from shoal.core import Problem, Round
 from shoal.errors import ConfigError
-from shoal.methods import Marina, VRMarina
+from shoal.methods import Marina, VRDiana, VRMarina
 from shoal.problems import Classification
-from shoal.theory import drawn, gamma_samples, step_size
+from shoal.theory import drawn, gamma_samples, step_size, vr_diana_step, vr_diana_weights
 
 IDS = torch.arange(5)
 DATA = [zoo.classification("logistic"), zoo.classification("nonconvex")]
@@ -197,9 +197,85 @@ def test_resolved_vr_marina():
         trace(DATA[0], VRMarina(RandK(3), p=0.5))
 
 
-@pytest.mark.parametrize(
-    "method", [VRMarina(RandK(3), p=0.3, batch=2), VRMarina(Correlated(), p=0.3, batch=3)], ids=repr
-)
+IN_CHUNKS = [VRMarina(RandK(3), p=0.3, batch=2), VRMarina(Correlated(), p=0.3, batch=3), VRDiana(QSGD(3), None, 2, 0.3)]
+
+
+# ------------------------------------------------------------------------------------------------ VR-DIANA
+def test_recursions_of_vr_diana():
+    """E||g - grad f||^2 <= (omega/n) s + (1+omega) V/n, E s+ <= (1 - shift) s + shift V at one point, with equality for
+    RandK(3) at the largest shift; and E||x+ - w||^2 as the proof has it."""
+    problem, gamma, p = even(n=5, rows=6, d=12), 0.7, 0.3
+    x, w = point(problem), point(problem, 0.2)
+    method, kinds = resolved(VRDiana(RandK(3), batch=2, p=p), problem), inspect.getmodule(VRDiana)
+    rows, anchor = problem.evaluate(x, IDS)[1], problem.evaluate(w, IDS)[1]
+    h = 0.5 * rows + 0.02
+    g, after = estimates_on(problem, method, kinds.Server(h.mean(0)), kinds.Worker(h, anchor, w), x, 800)
+    each = [b - a for a, b in zip(samples(problem, w), samples(problem, x), strict=True)]
+    V = drawn(2, 6) * np.mean([np.square(m - m.mean(0)).sum(1).mean() for m in each])
+    q = float((x - w).double().square().sum())
+    assert drawn(2, 6) * problem.smoothness().sample ** 2 * q >= V
+    s, exact = float((rows - h).double().square().sum(1).mean()), rows.double().mean(0).numpy()
+    mean, error = mean_and_error(((g - exact) ** 2).sum(1))
+    assert abs(mean - (3 * s + 4 * V) / 5) <= error
+    left, error = mean_and_error(np.array([float((rows - a.h).double().square().sum(1).mean()) for a in after]))
+    assert abs(left - (0.75 * s + 0.25 * V)) <= error
+    moved = gamma * g
+    away = (x - w).double().numpy()
+    far = np.array(
+        [np.square(-m if torch.equal(a.w, x) else away - m).sum() for m, a in zip(moved, after, strict=True)]
+    )
+    mean, error = mean_and_error(far)
+    squares = 2 * gamma**2 / p * np.square(exact).sum() + np.square(moved).sum(1).mean()
+    assert mean <= (1 - p / 2) * q + squares + error
+    heads = sum(torch.equal(a.w, x) and torch.equal(a.anchor, rows) for a in after)
+    assert abs(heads - 240) <= SIX * np.sqrt(800 * 0.21)
+
+
+def test_step_size_of_vr_diana():
+    """Gradient descent's where nothing is lost; the largest with weights otherwise; and of the published order m^(2/3),
+    not m, in the samples."""
+    assert vr_diana_step(2.0, 3.0, 0.0, 5, 0.0, 1.0, 0.5) == (0.5, 0.0)
+    for omega in (0.0, 3.0, 40.0):
+        for V, p, mu in ((0.0, 1.0, 0.0), (2.0, 0.1, 0.0), (50.0, 0.01, 0.0), (2.0, 0.1, 0.05)):
+            known = (1.0, 1.5, omega, 5, V, 1 / (1 + omega), p, mu)
+            gamma, weight = vr_diana_step(*known)
+            found = vr_diana_weights(gamma, *known)
+            assert found is not None
+            assert weight == pytest.approx(found[0], rel=1e-6)
+            if gamma < 1.0:
+                assert vr_diana_weights(gamma * (1 + 1e-9), *known) is None
+            assert all(vr_diana_weights(gamma * t, *known) for t in (1e-3, 0.1, 0.5, 0.9, 0.999))
+            assert mu == 0.0 or gamma <= min(p, 1 / (1 + omega)) / (2 * mu)
+    steps = [vr_diana_step(1.0, 1.0, 0.0, 1, 1.0, 1.0, p)[0] for p in (1e-4, 1e-7)]
+    assert np.log(steps[0] / steps[1]) / np.log(1e3) == pytest.approx(2 / 3, abs=0.01)
+
+
+@data
+def test_theorem_of_vr_diana(problem):
+    method = resolved(VRDiana(RandK(3), batch=2), problem)
+    assert (method.shift, method.p) == (0.25, pytest.approx(2 / 12))
+    step = method.step_size(setting(problem))
+    value, rows = problem.evaluate(problem.start(), IDS)
+    first = float(value.mean()) + step.constants["weight"] * float(rows.double().square().sum(1).mean())
+    runs = [iterates(method, problem, step.gamma, 40, seed)[:40] for seed in range(6)]
+    means = [np.mean([float(problem.evaluate(x, IDS)[1].double().mean(0).square().sum()) for x in run]) for run in runs]
+    assert np.mean(means) <= 2 * first / (step.gamma * 40)
+
+
+@data
+def test_vr_diana_without_losses_is_gradient_descent(problem):
+    """Dense and all samples: differences that add up to 2^-24 of the larger, as in test_methods."""
+    method = resolved(VRDiana(Dense(), batch=100, p=0.3), problem)
+    plain = descended(problem, 0.25, 40)
+    assert (iterates(method, problem, 0.25, 40) - plain).abs().max() <= 1e-5 * max(1.0, float(plain.abs().max()))
+    for bad, said in (({"batch": 0}, "batch"), ({"p": 0.0}, "p=0.0"), ({"p": 1.5}, "p=1.5"), ({"shift": 2.0}, "shift")):
+        with pytest.raises(ConfigError, match=said):
+            VRDiana(RandK(3), **bad)
+    with pytest.raises(ConfigError, match="not resolved"):
+        trace(problem, VRDiana(RandK(3)))
+
+
+@pytest.mark.parametrize("method", IN_CHUNKS, ids=repr)
 @data
 def test_chunks_of_samples(method, problem):
     """What the workers share moves once a round, whatever the chunks."""

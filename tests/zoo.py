@@ -41,7 +41,7 @@ from shoal.compressors.correlated import agree_locally
 from shoal.core import Channel, Compressor, Messages, Method, Problem, Round, State
 from shoal.descents import Step
 from shoal.errors import ConfigError
-from shoal.methods import DCGD, EF21, GD, Diana, Marina, VRMarina
+from shoal.methods import DCGD, EF21, GD, Diana, Marina, VRDiana, VRMarina
 from shoal.problems import Classification, Quadratics
 from shoal.runtimes import Local, rounds
 from shoal.theory import Setting
@@ -166,6 +166,8 @@ METHODS: list[Method] = [
     *(EF21(c) for c in COMPRESSORS if has(c, "alpha")),
     *(VRMarina(c, p=0.3, batch=2) for c in (RandK(3), PermK(), Correlated())),
     VRMarina(QSGD(3), p=0.3, batch=2, large=4),
+    VRDiana(RandK(3), batch=2, p=0.3),
+    VRDiana(QSGD(3), shift=0.1),
 ]
 
 
@@ -239,6 +241,6 @@ def jobs() -> dict[str, Callable[[Callable[[], Channel]], dict[str, object]]]:
         return lambda channel: trace(problem, resolved(method, problem), channel)
 
     on_data = [GD(), Diana(QSGD(3)), Marina(Correlated(), p=0.3), Marina(PermK(), p=0.3), EF21(TopK(3))]
-    on_data += [VRMarina(Correlated(), p=0.3, batch=2, large=5)]
+    on_data += [VRMarina(Correlated(), p=0.3, batch=2, large=5), VRDiana(QSGD(3), batch=2, p=0.3)]
     pairs = [(MIXED, m) for m in METHODS] + [(p, m) for p in PROBLEMS[3:] for m in on_data]
     return {f"{problem!r} {method!r}": job(problem, method) for problem, method in pairs}

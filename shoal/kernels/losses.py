@@ -87,8 +87,8 @@ def logistic(data, index, indptr, first, last, x, scales, shared_value, shared_g
     """values[i], rows[i] = scales[i] * (sum of log(1 + exp(-a'x)) over CSR rows first[i]..last[i]-1), and its gradient.
 
     data, index, indptr: CSR rows with the label folded in; x (d,), scales (m,) float64.
-    shared_value and shared_gradient (d,), the
-    regularizer, are added to every client. values (m,) float64 and rows (m, d) float32 are written.
+    shared_value and shared_gradient (d,), the regularizer, are added to every client. values (m,) float64 and rows
+    (m, d) float32 are written.
     """
     _clients(0, data, index, indptr, first, last, x, scales, shared_value, shared_gradient, values, rows)
 
