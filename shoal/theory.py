@@ -194,6 +194,15 @@ def gamma_samples(ab: AB, L: Smoothness, n: int, share: float) -> float:
     return max(0.0, ab.a - ab.b) * L.plus**2 + ab.b * L.pm**2 + spread + ab.c * top
 
 
+def gamma_clients(ab: AB, L: Smoothness, share: float) -> float:
+    """Gamma where r clients stand for all: (a-b) L_+^2 + (b + (1-b) share) L_±^2 + c L_max^2.
+
+    (a, b, c) are those of r clients; share is 1/r for clients drawn with replacement, `drawn(r, n)` without.
+    """
+    spread = max(0.0, ab.b + (1.0 - ab.b) * share)
+    return max(0.0, ab.a - ab.b) * L.plus**2 + spread * L.pm**2 + ab.c * L.max**2
+
+
 def vr_diana_weights(
     gamma: float, L_minus: float, L_plus: float, omega: float, n: int, V: float, shift: float, p: float, mu: float
 ) -> tuple[float, float] | None:

@@ -102,6 +102,8 @@ def estimates_on(
     g, after = np.empty((draws, len(x))), []
     for k in range(draws):
         rnd = Round.full(k + 1, 5, problem.n)
+        members = method.cohort(rnd)
+        rnd = rnd if members is None else rnd.among(members)
         down, _ = method.down(server, x, rnd)
         u, new = method.up(worker, down, problem.grad, rnd)
         code = method.code(rnd)

@@ -12,15 +12,19 @@ import pytest
 import torch
 import zoo
 from scipy.sparse import csr_array
-from test_methods import SIX, descended, estimates_on, iterates, mean_and_error
+from test_methods import SIX, descended, estimates_on, iterates, mean_and_error, two_points
 from zoo import MIXED, TappedLocal, resolved, setting, trace
 
-from shoal.compressors import QSGD, Correlated, Dense, PermK, RandK
-from shoal.core import Problem, Round
+from shoal.compressors import QSGD, Correlated, Dense, PermK, RandK, TopK
+from shoal.core import Method, Problem, Round
+from shoal.descents import Step
 from shoal.errors import ConfigError
-from shoal.methods import Marina, VRDiana, VRMarina
+from shoal.experiments.expressions import compact, known_names, parse
+from shoal.methods import Marina, PPMarina, VRDiana, VRMarina
 from shoal.problems import Classification
-from shoal.theory import drawn, gamma_samples, step_size, vr_diana_step, vr_diana_weights
+from shoal.runtimes import Local, rounds
+from shoal.theory import drawn, gamma_clients, gamma_samples, step_size, vr_diana_step, vr_diana_weights
+from shoal.wire import HEADER
 
 IDS = torch.arange(5)
 DATA = [zoo.classification("logistic"), zoo.classification("nonconvex")]
@@ -273,6 +277,111 @@ def test_vr_diana_without_losses_is_gradient_descent(problem):
             VRDiana(RandK(3), **bad)
     with pytest.raises(ConfigError, match="not resolved"):
         trace(problem, VRDiana(RandK(3)))
+
+
+# ------------------------------------------------------------------------------------------------ cohorts
+@pytest.mark.parametrize("code", [RandK(3), PermK(), Correlated()], ids=repr)
+def test_all_clients_are_marina_to_the_bit(code):
+    method = PPMarina(code, p=0.3, clients=5)
+    assert trace(MIXED, method) == trace(MIXED, Marina(code, p=0.3))
+    assert method.step_size(setting(MIXED)).gamma == Marina(code, p=0.3).step_size(setting(MIXED)).gamma
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+def test_cohorts(replacement):
+    """None on heads; on tails ascending ids, each client as often as any other, whoever asks; without replacement, no
+    client twice."""
+    method, seen = PPMarina(RandK(3), p=0.2, clients=3, replacement=replacement), []
+    for k in range(600):
+        asked = [method.cohort(Round.full(k, 1, 5, torch.tensor(ids))) for ids in ([0, 1, 2, 3, 4], [4])]
+        assert (asked[0] is None) == (asked[1] is None) == (method.code(Round.full(k, 1, 5)) == Dense())
+        if asked[0] is not None:
+            assert torch.equal(*asked)
+            assert asked[0].tolist() == sorted(asked[0].tolist())
+            seen.append(torch.bincount(asked[0], minlength=5))
+    counts = torch.stack(seen).double()
+    variance = 3 * 0.2 * 0.8 if replacement else 0.6 * 0.4
+    assert (counts.mean(0) - 0.6).abs().max() <= SIX * np.sqrt(variance / len(seen))
+    assert (int(counts.max()) > 1) == replacement
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+@pytest.mark.parametrize("code", [RandK(3), PermK(), Correlated()], ids=repr)
+def test_recursion_of_pp_marina(code, replacement):
+    """E||g+ - grad f(x+)||^2 <= (1-p) (||g - grad f(x)||^2 + Gamma ||x+ - x||^2), over compressors and cohorts; before
+    smoothness enters it is an equality for RandK and PermK."""
+    x, ahead, before, after = two_points()
+    method, kinds = PPMarina(code, p=0.25, clients=3, replacement=replacement), inspect.getmodule(PPMarina)
+    server = kinds.Server(before.mean(0) + torch.linspace(-0.02, 0.03, MIXED.d))
+    g = estimates_on(MIXED, method, server, kinds.Worker(x), ahead, 800)[0]
+    mean, error = mean_and_error(((g - after.double().mean(0).numpy()) ** 2).sum(1))
+    start, moved = (
+        float((server.g.double() - before.double().mean(0)).square().sum()),
+        (after - before).double().numpy(),
+    )
+    squares, center = np.square(moved).sum(1), np.square(moved.mean(0)).sum()
+    share, dx = (1 / 3 if replacement else 2 / 12), float((ahead - x).double().square().sum())
+    for ab in code.ab(3, MIXED.d).all():
+        spread = squares.mean() - center
+        lost = (ab.a - ab.b) * squares.mean() + (ab.b + (1 - ab.b) * share) * spread + ab.c * squares.max()
+        assert mean <= 0.75 * (start + lost) + error
+        assert lost <= gamma_clients(ab, MIXED.smoothness(), share) * dx * (1 + 1e-6)
+        if isinstance(code, RandK | PermK):
+            assert mean >= 0.75 * (start + lost) - error
+
+
+def test_step_size_of_pp_marina():
+    """(omega L_+^2 + L_±^2)/r with replacement, never more than the paper's (1 + omega) L~^2 / r; less without."""
+    s, steps = MIXED.smoothness(), {}
+    for replacement in (True, False):
+        step = PPMarina(RandK(3), p=0.2, clients=2, replacement=replacement).step_size(setting(MIXED))
+        share = 1 / 2 if replacement else 3 / 8
+        Gamma = 3 * s.plus**2 / 2 + share * s.pm**2
+        assert 4 * s.tilde**2 / 2 >= Gamma
+        assert step.gamma == pytest.approx(step_size(s.minus, Gamma, 0.2))
+        steps[replacement] = step.gamma
+    assert steps[True] < steps[False] < Marina(RandK(3), p=0.2).step_size(setting(MIXED)).gamma
+
+
+def test_only_a_cohort_sends_and_all_hear():
+    """By hand: round 0 has five messages of 48 bytes, a round of two clients two of 12; the model goes to all five. A
+    shared scale costs the cohort alone 4 bytes each way."""
+    for code, size, agreed in ((RandK(3), 12, 0), (Correlated(), 2, 4)):
+        method, channel = PPMarina(code, p=2.0**-20, clients=2), Local(5)
+        for event in rounds(method, Step(0.1), MIXED, channel, seed=0):
+            if event.state.index == 4:
+                break
+        assert channel.meter.up == 5 * 48 + 3 * 2 * (size + agreed)
+        assert channel.meter.down == 4 * 5 * 48 + 3 * 2 * agreed
+        assert channel.meter.up_framed == channel.meter.up + HEADER * (5 + 6 * (2 if agreed else 1))
+
+
+def test_wrong_cohorts_are_refused():
+    rnd = Round.full(0, 0, 5, torch.tensor([1, 2]))
+    assert rnd.among(torch.tensor([0, 1, 1, 4])).slots.tolist() == [1, 2]
+    for bad in (
+        torch.tensor([]),
+        torch.tensor([2, 1]),
+        torch.tensor([-1, 2]),
+        torch.tensor([3, 5]),
+        torch.tensor([0.0]),
+    ):
+        with pytest.raises(ConfigError, match="ascending"):
+            rnd.among(bad)
+    for make, said in (
+        (lambda: PPMarina(RandK(3), clients=0), "clients=0"),
+        (lambda: PPMarina(RandK(3), clients=True), "clients=True"),
+        (lambda: PPMarina(RandK(3), clients=2, replacement=1), "replacement=1"),
+        (lambda: PPMarina(TopK(3), clients=2), "EF21"),
+        (lambda: PPMarina(RandK(3), clients=6).check(5, 12), "replacement=True"),
+        (lambda: PPMarina(RandK(13), clients=2).check(5, 12), "1..12"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            make()
+    PPMarina(RandK(3), clients=6, replacement=True).check(5, 12)
+    text = compact(PPMarina(RandK(3), clients=2))
+    assert text == "PPMarina(RandK(3), clients=2)"
+    assert parse(text, known_names(), Method) == PPMarina(RandK(3), clients=2)
 
 
 @pytest.mark.parametrize("method", IN_CHUNKS, ids=repr)

@@ -41,7 +41,7 @@ from shoal.compressors.correlated import agree_locally
 from shoal.core import Channel, Compressor, Messages, Method, Problem, Round, State
 from shoal.descents import Step
 from shoal.errors import ConfigError
-from shoal.methods import DCGD, EF21, GD, Diana, Marina, VRDiana, VRMarina
+from shoal.methods import DCGD, EF21, GD, Diana, Marina, PPMarina, VRDiana, VRMarina
 from shoal.problems import Classification, Quadratics
 from shoal.runtimes import Local, rounds
 from shoal.theory import Setting
@@ -167,6 +167,10 @@ METHODS: list[Method] = [
     *(VRMarina(c, p=0.3, batch=2) for c in (RandK(3), PermK(), Correlated())),
     VRMarina(QSGD(3), p=0.3, batch=2, large=4),
     VRDiana(RandK(3), batch=2, p=0.3),
+    PPMarina(RandK(3), clients=1),
+    PPMarina(QSGD(3), p=0.3, clients=2),
+    PPMarina(PermK(), p=0.3, clients=3, replacement=True),
+    PPMarina(Correlated(), p=0.3, clients=2),
     VRDiana(QSGD(3), shift=0.1),
 ]
 
