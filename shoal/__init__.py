@@ -30,7 +30,7 @@ from shoal.compressors import (
 from shoal.errors import ShoalError
 from shoal.experiments.mean import MeanEstimate, mean_estimation
 from shoal.experiments.run import Run, simulate
-from shoal.methods import DCGD, EF21, GD, Diana, Marina, PPMarina, VRDiana, VRMarina
+from shoal.methods import DCGD, EF21, GD, Dasha, Diana, Marina, PPMarina, VRDiana, VRMarina
 from shoal.problems import Classification, Quadratics
 
 try:
@@ -39,38 +39,8 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "DCGD",
-    "EF21",
-    "GD",
-    "QSGD",
-    "Bernoulli",
-    "Classification",
-    "Composed",
-    "Correlated",
-    "Dense",
-    "Diana",
-    "Drive",
-    "Eden",
-    "Grid",
-    "Independent",
-    "Marina",
-    "MeanEstimate",
-    "Natural",
-    "NaturalDithering",
-    "PPMarina",
-    "PerLayer",
-    "PermK",
-    "Quadratics",
-    "RandK",
-    "Rotated",
-    "Run",
-    "Scaled",
-    "ShoalError",
-    "Sign",
-    "Ternary",
-    "TopK",
-    "VRDiana",
-    "VRMarina",
-    "mean_estimation",
-    "simulate",
+    "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Composed", "Correlated", "Dasha", "Dense",
+    "Diana", "Drive", "Eden", "Grid", "Independent", "Marina", "MeanEstimate", "Natural", "NaturalDithering",
+    "PPMarina", "PerLayer", "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign",
+    "Ternary", "TopK", "VRDiana", "VRMarina", "mean_estimation", "simulate",
 ]  # fmt: skip

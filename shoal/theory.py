@@ -238,6 +238,23 @@ def vr_diana_step(
     return low, weight
 
 
+def dasha_step(
+    L_minus: float, L_plus: float, omega: float, n: int, V: float, momentum: float, p: float, mu: float = 0.0
+) -> float:
+    """DASHA's step size, or DASHA-PAGE's with V > 0 (docs/derivations/sampling.md):
+
+    1 / (L_- + sqrt X + sqrt Y), X = 2 omega/(n a) (L_+^2 + 2 L_+ sqrt(p (1-p) V) + 2 (1-p) V), Y = (1-p) V/(p n);
+    PL: X = 4 omega/(n a) (L_+^2 + 2 L_+ sqrt(2 p (1-p) V) + 3 (1-p) V), Y = 2 (1-p) V/(p n), at most min{a, p}/(2 mu).
+    """
+    twice, thrice = (2.0, 3.0) if mu > 0.0 else (1.0, 2.0)
+    tails = (1.0 - p) * V
+    X = 2.0 * twice * omega / (n * momentum)
+    X *= L_plus**2 + 2.0 * L_plus * math.sqrt(twice * p * tails) + thrice * tails
+    gamma = 1.0 / (L_minus + math.sqrt(X) + math.sqrt(twice * tails / (p * n)))
+    cap = momentum if V == 0.0 else min(momentum, p)
+    return min(gamma, cap / (2.0 * mu)) if mu > 0.0 else gamma
+
+
 def ef21_constants(alpha: float) -> tuple[float, float]:
     """(theta, beta) of EF21: theta = 1 - sqrt(1-alpha), beta = (1-alpha) / (1 - sqrt(1-alpha))."""
     root = math.sqrt(1.0 - alpha)

@@ -26,7 +26,7 @@ from shoal.core import Method, Problem, Round
 from shoal.descents import Step
 from shoal.errors import ConfigError
 from shoal.kernels import Draw, cpu
-from shoal.methods import DCGD, EF21, GD, Diana, Marina, VRDiana
+from shoal.methods import DCGD, EF21, GD, Dasha, Diana, Marina, VRDiana
 from shoal.runtimes import Local, rounds
 from shoal.theory import AB
 
@@ -52,7 +52,7 @@ def descended(problem: Problem, gamma: float, length: int) -> torch.Tensor:
     return torch.stack(out)
 
 
-DIFFERENCES = [Marina(Dense(), p=0.2), Diana(Dense()), Diana(Dense(), shift=0.3), EF21(Dense())]
+DIFFERENCES = [Marina(Dense(), p=0.2), Diana(Dense()), Diana(Dense(), shift=0.3), EF21(Dense()), Dasha(Dense())]
 
 
 def gradient(problem: Problem, x: torch.Tensor) -> torch.Tensor:
@@ -191,13 +191,14 @@ def potential(method: Method, problem: Problem, gamma: float, pl: bool) -> float
     if isinstance(method, Diana):  # (gamma omega / (n shift)) mean ||grad f_i(x^0) - h_i^0||^2, and h_i^0 = 0
         return delta + twice * gamma * method.compressor.omega(problem.d) / (problem.n * method.shift) * squares
     if isinstance(method, EF21):  # gamma / (2 theta) mean ||g_i^0 - grad f_i(x^0)||^2, and g_i^0 = C(grad f_i(x^0))
-        alpha = method.compressor.alpha(problem.d)
+        alpha = method.step_size(setting(problem)).constants["alpha"]  # of a client that may not be asked
         return delta + twice * gamma / (2 * (1 - math.sqrt(1 - alpha))) * (1 - alpha) * squares
     return delta
 
 
 def paths(method: Method, problem: Problem, gamma: float) -> list[torch.Tensor]:
     sure = isinstance(method, GD) or isinstance(method.compressor, Dense | TopK) or getattr(method, "p", None) == 1.0
+    sure = sure and getattr(method, "clients", None) is None
     return [iterates(method, problem, gamma, LENGTH, seed) for seed in range(1 if sure else SEEDS)]
 
 
@@ -358,6 +359,8 @@ def test_everyone_derives_the_same_code(method):
         p, heads = ready.p, seen[Dense()] - (ready.compressor != Dense())
         if 0 < p < 1 and ready.compressor != Dense():
             assert abs(heads - 59 * p) <= SIX * math.sqrt(59 * p * (1 - p)) + 1
+    elif isinstance(ready, Dasha):
+        assert seen == {Dense(): 1, ready.compressor: 59}
     else:
         assert list(seen) == [getattr(ready, "compressor", Dense())]
 

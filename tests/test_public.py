@@ -15,16 +15,16 @@ from shoal.kernels import reference
 
 NAMES = {
     shoal: [
-        "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Composed", "Correlated", "Dense", "Diana",
-        "Drive", "Eden", "Grid", "Independent", "Marina", "MeanEstimate", "Natural", "NaturalDithering", "PPMarina",
-        "PerLayer", "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK",
-        "VRDiana", "VRMarina", "mean_estimation", "simulate",
+        "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Composed", "Correlated", "Dasha", "Dense",
+        "Diana", "Drive", "Eden", "Grid", "Independent", "Marina", "MeanEstimate", "Natural", "NaturalDithering",
+        "PPMarina", "PerLayer", "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign",
+        "Ternary", "TopK", "VRDiana", "VRMarina", "mean_estimation", "simulate",
     ],
     compressors: [
         "QSGD", "Bernoulli", "Composed", "Correlated", "Dense", "Drive", "Eden", "Grid", "Independent", "Natural",
         "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled", "Sign", "Ternary", "TopK",
     ],
-    methods: ["DCGD", "EF21", "GD", "Diana", "Marina", "PPMarina", "VRDiana", "VRMarina"],
+    methods: ["DCGD", "EF21", "GD", "Dasha", "Diana", "Marina", "PPMarina", "VRDiana", "VRMarina"],
     problems: ["Classification", "Quadratics", "measured_pm"],
     errors: [
         "BadMagic", "CheckpointCorrupt", "CheckpointError", "ChecksumError", "ConfigError", "ConfigMismatch",

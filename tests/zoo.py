@@ -41,7 +41,7 @@ from shoal.compressors.correlated import agree_locally
 from shoal.core import Channel, Compressor, Messages, Method, Problem, Round, State
 from shoal.descents import Step
 from shoal.errors import ConfigError
-from shoal.methods import DCGD, EF21, GD, Diana, Marina, PPMarina, VRDiana, VRMarina
+from shoal.methods import DCGD, EF21, GD, Dasha, Diana, Marina, PPMarina, VRDiana, VRMarina
 from shoal.problems import Classification, Quadratics
 from shoal.runtimes import Local, rounds
 from shoal.theory import Setting
@@ -167,6 +167,10 @@ METHODS: list[Method] = [
     *(VRMarina(c, p=0.3, batch=2) for c in (RandK(3), PermK(), Correlated())),
     VRMarina(QSGD(3), p=0.3, batch=2, large=4),
     VRDiana(RandK(3), batch=2, p=0.3),
+    *(Dasha(c) for c in (RandK(3), QSGD(3), Independent())),
+    Dasha(RandK(3), momentum=0.05, batch=2, p=0.3),
+    EF21(TopK(3), clients=2),
+    EF21(Scaled(RandK(3)), clients=4),
     PPMarina(RandK(3), clients=1),
     PPMarina(QSGD(3), p=0.3, clients=2),
     PPMarina(PermK(), p=0.3, clients=3, replacement=True),
@@ -246,5 +250,6 @@ def jobs() -> dict[str, Callable[[Callable[[], Channel]], dict[str, object]]]:
 
     on_data = [GD(), Diana(QSGD(3)), Marina(Correlated(), p=0.3), Marina(PermK(), p=0.3), EF21(TopK(3))]
     on_data += [VRMarina(Correlated(), p=0.3, batch=2, large=5), VRDiana(QSGD(3), batch=2, p=0.3)]
+    on_data += [Dasha(QSGD(3), batch=2, p=0.3), EF21(TopK(3), clients=3)]
     pairs = [(MIXED, m) for m in METHODS] + [(p, m) for p in PROBLEMS[3:] for m in on_data]
     return {f"{problem!r} {method!r}": job(problem, method) for problem, method in pairs}
