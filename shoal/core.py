@@ -58,7 +58,7 @@ class Round:
         return Round(index, seed, n, ids, ids, n)
 
     def among(self, members: Tensor) -> Round:
-        """The same round with these clients alone, (cohort,) int64 ids in ascending order: a client's place is its slot.
+        """The same round with these clients alone, (cohort,) ascending int64 ids: a client's place is its slot.
 
         A client that stands there twice has two slots, and sends twice. Raises ConfigError for anything else.
         """
