@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -421,6 +422,19 @@ def test_recursion_of_ef21_with_a_cohort():
     lost = float((rows - full).double().square().sum(1).mean())
     assert np.mean(list(left.values())) == pytest.approx(0.4 * lost + 0.6 * float(sent.double().square().sum(1).mean()))
     assert method.step_size(setting(problem)).constants["alpha"] == pytest.approx(0.4 * 3 / 12)
+
+
+@dataclass(frozen=True)
+class Twice(EF21):
+    """Client 1 twice, though its estimate can be moved only once."""
+
+    def cohort(self, rnd: Round) -> torch.Tensor:
+        return torch.tensor([1, 1, 2])
+
+
+def test_rows_of_state_forbid_a_client_twice():
+    with pytest.raises(ConfigError, match="names a client twice"):
+        trace(MIXED, Twice(TopK(3)))
 
 
 def test_those_who_stay_away_keep_their_state():

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from shoal import kernels
 from shoal.core import Channel, Descent, Event, Messages, Method, Problem, Round, Rows, State, Vector
+from shoal.errors import ConfigError
 
 TEMPORARY = 2**22  # coordinates of a chunk of clients: 16 MiB a float32 temporary
 Hosted = slice | Tensor  # places among the clients hosted here
@@ -122,6 +123,21 @@ def put(state: Any, part: Hosted, new: Any) -> Any:
     return type(state)(*fields)
 
 
+def _cohort(method: Method, workers: Any, rnd: Round) -> Round:
+    """The round of those who take part. Raises ConfigError where a row of state would be moved twice in it."""
+    members = method.cohort(rnd)
+    if members is None:
+        return rnd
+    rnd = rnd.among(members)
+    rows = workers != () and _row_fields(type(workers))  # type: ignore[arg-type]
+    if rows and bool((members.diff() == 0).any()):
+        raise ConfigError(
+            f"{method!r}, round {rnd.index}: cohort {members.tolist()} names a client twice, and its workers have rows "
+            "of state; draw clients without replacement."
+        )
+    return rnd
+
+
 def _uplink(
     method: Method, workers: Any, down: Messages, watch: Watch, channel: Channel, rnd: Round
 ) -> tuple[Messages, Any, Round]:
@@ -179,7 +195,8 @@ def rounds(
     """Yields x^0 (or the resumed state), x^1, ...; the caller stops when it has seen enough.
 
     The bits do not depend on `chunk`, on the channel, or on where a run was resumed. Raises NonFiniteError when a
-    client's vector cannot be compressed; no state has changed then.
+    client's vector cannot be compressed; no state has changed then. Where the method has a cohort, only its members
+    compute and send.
     """
     watch, n = Watch(problem, channel, chunk), channel.n
     if state is None:
@@ -189,8 +206,7 @@ def rounds(
     while True:
         yield Event(replace(state, meter=replace(channel.meter)), watch.evaluate)
         rnd = Round.full(state.index, seed, n, channel.clients)
-        members = method.cohort(rnd)
-        rnd = rnd if members is None else rnd.among(members)
+        rnd = _cohort(method, state.workers, rnd)
         down, server = method.down(state.server, state.x, rnd) if channel.serves else (None, state.server)
         sent, workers, rnd = _uplink(method, state.workers, channel.scatter(down, rnd), watch, channel, rnd)
         up = channel.gather(sent, method.code(rnd).capacity(rnd.cohort, problem.d), rnd)
