@@ -1,8 +1,8 @@
 """DASHA: compressed momentum that needs no synchronized full gradients; with minibatches, DASHA-PAGE.
 
 Tyurin, Richtarik, "DASHA: Distributed Nonconvex Optimization with Communication Compression, Optimal Oracle Complexity,
-and No Client Synchronization", 2022, arXiv:2202.01268. Step sizes, smaller constants than the paper's, any momentum
-and one coin for all clients: docs/derivations/sampling.md.
+and No Client Synchronization", 2022, arXiv:2202.01268. Step sizes for any momentum, batches without replacement and one
+coin for all clients: docs/derivations/sampling.md.
 """
 
 from __future__ import annotations

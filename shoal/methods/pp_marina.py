@@ -1,7 +1,7 @@
 """PP-MARINA: MARINA in which, between full rounds, a few clients stand for all.
 
 Gorbunov, Burlachenko, Li, Richtarik, "MARINA: Faster Non-Convex Distributed Learning with Compression", 2021,
-arXiv:2102.07845, Algorithm 4. The paper draws clients with replacement and has (1+omega) L~^2 / r where
+arXiv:2102.07845. The paper draws clients with replacement and has (1+omega) L~^2 / r where
 docs/derivations/sampling.md proves (omega L_+^2 + L_±^2) / r, and less without replacement.
 """
 
@@ -29,7 +29,7 @@ class PPMarina(Marina):
     All clients hear x, and only the r compute and send. replacement=True is the paper's: a client drawn twice sends
     twice. p=None: the p with the fewest predicted bits a client. Up 32 d bits on heads, |C| r/n on tails.
 
-    References: arXiv:2102.07845, Algorithm 4.
+    References: arXiv:2102.07845; proof: docs/derivations/sampling.md.
     """
 
     clients: int = field(kw_only=True)
