@@ -127,7 +127,7 @@ def test_constants_of_samples(problem):
 
 
 # ------------------------------------------------------------------------------------------------ VR-MARINA
-CODES = [RandK(3), PermK(), Correlated()]
+CODES = [RandK(3), PermK(), pytest.param(Correlated(), marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("problem", [*DATA, MIXED], ids=repr)
@@ -166,6 +166,7 @@ def test_recursion_of_vr_marina(code):
             assert mean >= 0.75 * (start + lost) - error
 
 
+@pytest.mark.slow
 @data
 @pytest.mark.parametrize("large", [None, 6])
 def test_theorem_of_vr_marina(problem, large):
@@ -261,6 +262,7 @@ def test_step_size_of_vr_diana():
     assert np.log(steps[0] / steps[1]) / np.log(1e3) == pytest.approx(2 / 3, abs=0.01)
 
 
+@pytest.mark.slow
 @data
 def test_theorem_of_vr_diana(problem):
     method = resolved(VRDiana(RandK(3), batch=2), problem)
@@ -312,7 +314,11 @@ def test_cohorts(replacement):
     assert (int(counts.max()) > 1) == replacement
 
 
-@pytest.mark.parametrize(("code", "replacement"), [(RandK(3), False), (PermK(), True), (Correlated(), False)], ids=repr)
+@pytest.mark.parametrize(
+    ("code", "replacement"),
+    [(RandK(3), False), (PermK(), True), pytest.param(Correlated(), False, marks=pytest.mark.slow)],
+    ids=repr,
+)
 def test_recursion_of_pp_marina(code, replacement):
     """E||g+ - grad f(x+)||^2 <= (1-p) (||g - grad f(x)||^2 + Gamma ||x+ - x||^2), over compressors and cohorts; before
     smoothness enters it is an equality for RandK and PermK."""
@@ -511,6 +517,7 @@ def gamma_free(mu: float) -> float:
     return 2.0 if mu > 0 else 1.0
 
 
+@pytest.mark.slow
 @data
 def test_theorem_of_dasha_page(problem):
     method = resolved(Dasha(RandK(3), batch=2), problem)

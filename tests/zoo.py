@@ -164,7 +164,7 @@ METHODS: list[Method] = [
     *(Marina(c) for c in COMPRESSORS if has(c, "ab")),
     *(Marina(c, p=0.3) for c in COMPRESSORS if has(c, "ab")),  # at this small d the best p is often 1
     *(EF21(c) for c in COMPRESSORS if has(c, "alpha")),
-    *(VRMarina(c, p=0.3, batch=2) for c in (RandK(3), Correlated())),
+    VRMarina(Correlated(), p=0.3, batch=2),
     VRMarina(QSGD(3), p=0.3, batch=2, large=4),
     VRDiana(RandK(3), batch=2, p=0.3),
     Dasha(RandK(3)),
