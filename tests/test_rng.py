@@ -103,6 +103,7 @@ STREAMS = {
     "PermK.owners", "QSGD.levels", "QSGD.ties", "RandK.support", "Rotation.signs",
 }  # fmt: skip
 STREAMS |= {"Bernoulli.coin", "Natural.bits", "NaturalDithering.levels", "Ternary.levels", "Ternary.ties"}
+STREAMS |= {"Classification.batch", "Dasha.coin", "EF21.clients", "PPMarina.clients", "VRDiana.coin"}
 
 
 def strings(nodes: list[ast.expr]) -> Iterator[ast.expr]:
