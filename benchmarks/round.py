@@ -41,7 +41,7 @@ class Prepared(Problem):
     def start(self) -> Vector:
         return torch.zeros(self.d)
 
-    def grad(self, x: Vector, rnd: Round) -> Rows:
+    def grad(self, x: Vector, rnd: Round, batch: int | None = None) -> Rows:
         """A view: neither computed nor copied. The hosted clients of a chunk stand beside each other."""
         first = int(rnd.clients[0])
         return self.tables[rnd.index % 2][first : first + len(rnd.clients)]

@@ -37,7 +37,8 @@ class Round:
 
     `clients` (m,) are the ids of the clients hosted here that take part; `slots` (m,) their places 0..cohort-1 among
     this round's messages (with full participation slots = clients, cohort = n). `agreed` is the scalar all clients
-    settled on this round, where the compressor asked for one.
+    settled on this round, where the compressor asked for one. `members` (cohort,) are the ids of all who take part, in
+    slot order, wherever they are hosted; None where everyone does.
     """
 
     index: int
@@ -48,12 +49,24 @@ class Round:
     cohort: int
     agreed: float | None = None
     prefix: str = ""
+    members: Tensor | None = None
 
     @staticmethod
     def full(index: int, seed: int, n: int, clients: Tensor | None = None) -> Round:
         """A round in which all n clients take part, seen by the process that hosts `clients` (default: all)."""
         ids = torch.arange(n) if clients is None else clients
         return Round(index, seed, n, ids, ids, n)
+
+    def among(self, members: Tensor) -> Round:
+        """The same round with these clients alone, (cohort,) ascending int64 ids: a client's place is its slot.
+
+        A client that stands there twice has two slots, and sends twice. Raises ConfigError for anything else.
+        """
+        known = members.dtype == torch.int64 and members.ndim == 1 and len(members) > 0
+        if not known or int(members[0]) < 0 or int(members[-1]) >= self.n or bool((members.diff() < 0).any()):
+            raise ConfigError(f"cohort {members.tolist()!r}: ids of the clients 0..{self.n - 1}, int64, ascending.")
+        slots = torch.isin(members, self.clients).nonzero()[:, 0]
+        return replace(self, clients=members[slots], slots=slots, cohort=len(members), members=members)
 
     def draw(self, stream: str, slots: Tensor | None = None) -> kernels.Draw:
         """The named stream of the given slots (default: the hosted rows', private)."""
@@ -274,7 +287,10 @@ def ab_for_inputs(compressor: Compressor, setting: Setting, equal: bool) -> AB:
 
 
 # ------------------------------------------------------------------------------------------------ methods
-Gradient = Callable[[Vector, Round], Rows]  # pure: a minibatch is drawn from the round
+class Gradient(Protocol):
+    """What a worker may ask: `Problem.grad` of its clients. Pure: samples are drawn from the round."""
+
+    def __call__(self, x: Vector, rnd: Round, batch: int | None = None) -> Rows: ...
 
 
 class Dense(Compressor):
@@ -345,6 +361,16 @@ class Method(ABC):
     def init(self, x0: Vector, rnd: Round) -> tuple[Any, Any]:
         """(server state, workers' state) before round 0."""
 
+    def cohort(self, rnd: Round) -> Tensor | None:
+        """The clients that take part in this round, as `Round.among` has them; None for all n of them.
+
+        Everyone derives the same, from shared draws. The other clients hear what the server sends, and send nothing:
+        their rows of the workers' state stay as they are. What all workers share moves in `up`, which every process
+        calls every round, with no rows if it hosts none of the cohort. A method whose workers have rows of state has
+        no client twice in a cohort.
+        """
+        return None
+
     def down(self, server: Any, x: Vector, rnd: Round) -> tuple[Messages, Any]:
         """What the server sends: by default the model, uncompressed, one row for all."""
         return DENSE.encode(x[None], rnd.server()), server
@@ -398,8 +424,13 @@ class Problem(ABC):
     def evaluate(self, x: Vector, clients: Tensor) -> tuple[Tensor, Rows]:
         """(values (m,) float64, gradients (m, d) float32) of these clients' f_i at x, on all their data."""
 
-    def grad(self, x: Vector, rnd: Round) -> Rows:
-        """What a method's worker sees of grad f_i; a stochastic problem draws its minibatch from the round."""
+    def grad(self, x: Vector, rnd: Round, batch: int | None = None) -> Rows:
+        """What a method's worker sees of grad f_i: on all its data, or on `batch` of its samples.
+
+        Which samples is a pure function of (seed, round, client): two points in one round meet the same ones, drawn
+        uniformly without replacement, all of them where a client has no more. An f_i that is not a mean of samples is
+        a mean of one, as here. A stochastic problem draws from the round in any case.
+        """
         return self.evaluate(x, rnd.clients)[1]
 
     @abstractmethod

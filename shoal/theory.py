@@ -37,6 +37,9 @@ class Constant(float):
         return f"{float(self):.6g} ({self.status})"
 
 
+ONE, ZERO = Constant(1.0, "exact"), Constant(0.0, "exact")
+
+
 @dataclass(frozen=True)
 class Smoothness:
     """What is known of f = (1/n) sum f_i. A field is None where nothing is known.
@@ -47,6 +50,11 @@ class Smoothness:
     tilde  sqrt(mean L_i^2);  max  max L_i, with L_i the Lipschitz constant of grad f_i
     mu     PL constant: ||grad f(x)||^2 >= 2 mu (f(x) - f_*)
     f_inf  (1/n) sum inf f_i, or a lower bound of it; None where some f_i has no lower bound
+
+    Where f_i = (1/N_i) sum_j f_ij is a mean of samples (by default of one, f_i itself):
+    samples  (1/n) sum N_i;  most  max N_i
+    sample   L_s:  (1/n) sum_i (1/N_i) sum_j ||D_ij - D_i||^2 <= L_s^2 ||x - y||^2, D = grad f(x) - grad f(y)
+    noise    sigma^2:  (1/n) sum_i (1/N_i) sum_j ||grad f_ij(x) - grad f_i(x)||^2 <= sigma^2 for all x
     """
 
     minus: Constant
@@ -56,6 +64,10 @@ class Smoothness:
     max: Constant
     mu: Constant | None = None
     f_inf: Constant | None = None
+    samples: Constant = ONE
+    most: Constant = ONE
+    sample: Constant = ZERO
+    noise: Constant = ZERO
 
     def facts(self) -> dict[str, tuple[float, Status]]:
         """The known fields as name -> (value, status): what a report prints."""
@@ -227,6 +239,84 @@ def best_p(full_bits: float, code_bits: float, L_minus: float, Gamma: float, mu:
     near = (grid[max(k - 1, 0)], grid[min(k + 1, points)])
     inner = minimize_scalar(bits, bounds=near, method="bounded", options={"xatol": 1e-9})
     return math.exp(min((grid[k], float(inner.x)), key=bits))
+
+
+def drawn(batch: int, most: float) -> float:
+    """(N - b) / (b (N - 1)), N = most: the variance of a mean of b of N samples, drawn without replacement, over that
+    of one sample; 0 where b >= N. It grows with N, so that `most` bounds it for all clients."""
+    return 0.0 if batch >= most else (most - batch) / (batch * (most - 1.0))
+
+
+def gamma_samples(ab: AB, L: Smoothness, n: int, share: float) -> float:
+    """Gamma where b samples are compared at both points, V = share L_s^2 with share = `drawn(b, most)`:
+
+    (a-b) L_+^2 + b L_±^2 + (a + (1-b)/n) V + c (L_max + sqrt(n V))^2.
+    """
+    V = share * L.sample**2
+    spread = max(0.0, ab.a + (1.0 - ab.b) / n) * V
+    top = (L.max + math.sqrt(n * V)) ** 2
+    return max(0.0, ab.a - ab.b) * L.plus**2 + ab.b * L.pm**2 + spread + ab.c * top
+
+
+def gamma_clients(ab: AB, L: Smoothness, share: float) -> float:
+    """Gamma where r clients stand for all: (a-b) L_+^2 + (b + (1-b) share) L_±^2 + c L_max^2.
+
+    (a, b, c) are those of r clients; share is 1/r for clients drawn with replacement, `drawn(r, n)` without.
+    """
+    spread = max(0.0, ab.b + (1.0 - ab.b) * share)
+    return max(0.0, ab.a - ab.b) * L.plus**2 + spread * L.pm**2 + ab.c * L.max**2
+
+
+def vr_diana_weights(
+    gamma: float, L_minus: float, L_plus: float, omega: float, n: int, V: float, shift: float, p: float, mu: float
+) -> tuple[float, float] | None:
+    """The least weights of VR-DIANA's memories at this gamma (docs/derivations/sampling.md); None if there are none.
+
+    Phi = f - f_* + w mean ||grad f_i - h_i||^2 + z ||x - w||^2 falls by gamma/2 ||grad f||^2 a round, or by the factor
+    1 - gamma mu where mu > 0.
+    """
+    A, C, E = omega / n * gamma**2, (1.0 + omega) * V / n * gamma**2, (1.0 + 2.0 / shift) * L_plus**2
+    P, S, R = shift / 2.0 - gamma * mu - E * A, p / 2.0 - gamma * mu - C, 1.5 * shift * V + E * C
+    if P <= 0.0 or S <= 0.0 or P * S <= A * R:
+        return None
+    det = P * S - A * R
+    w, z = L_minus / 2.0 * (A * S + A * C) / det, L_minus / 2.0 * (P * C + R * A) / det
+    left = 0.5 - gamma * (L_minus / 2.0 + w * E + z * (1.0 + 2.0 / p))
+    return (w, z) if left >= 0.0 else None
+
+
+def vr_diana_step(
+    L_minus: float, L_plus: float, omega: float, n: int, V: float, shift: float, p: float, mu: float = 0.0
+) -> tuple[float, float]:
+    """(gamma, w): the largest step size with weights, by bisection to 1e-12 from the safe side, and its weight w."""
+    low, high = 0.0, 1.0 / L_minus
+    best = vr_diana_weights(high, L_minus, L_plus, omega, n, V, shift, p, mu)
+    if best is not None:
+        return high, best[0]
+    weight = 0.0
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2.0
+        found = vr_diana_weights(middle, L_minus, L_plus, omega, n, V, shift, p, mu)
+        low, high = (low, middle) if found is None else (middle, high)
+        weight = weight if found is None else found[0]
+    return low, weight
+
+
+def dasha_step(
+    L_minus: float, L_plus: float, omega: float, n: int, V: float, momentum: float, p: float, mu: float = 0.0
+) -> float:
+    """DASHA's step size, or DASHA-PAGE's with V > 0 (docs/derivations/sampling.md):
+
+    1 / (L_- + sqrt X + sqrt Y), X = 2 omega/(n a) (L_+^2 + 2 L_+ sqrt(p (1-p) V) + 2 (1-p) V), Y = (1-p) V/(p n);
+    PL: X = 4 omega/(n a) (L_+^2 + 2 L_+ sqrt(2 p (1-p) V) + 3 (1-p) V), Y = 2 (1-p) V/(p n), at most min{a, p}/(2 mu).
+    """
+    twice, thrice = (2.0, 3.0) if mu > 0.0 else (1.0, 2.0)
+    tails = (1.0 - p) * V
+    X = 2.0 * twice * omega / (n * momentum)
+    X *= L_plus**2 + 2.0 * L_plus * math.sqrt(twice * p * tails) + thrice * tails
+    gamma = 1.0 / (L_minus + math.sqrt(X) + math.sqrt(twice * tails / (p * n)))
+    cap = momentum if V == 0.0 else min(momentum, p)
+    return min(gamma, cap / (2.0 * mu)) if mu > 0.0 else gamma
 
 
 def ef21_constants(alpha: float) -> tuple[float, float]:

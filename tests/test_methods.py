@@ -26,7 +26,7 @@ from shoal.core import Method, Problem, Round
 from shoal.descents import Step
 from shoal.errors import ConfigError
 from shoal.kernels import Draw, cpu
-from shoal.methods import DCGD, EF21, GD, Diana, Marina
+from shoal.methods import DCGD, EF21, GD, Dasha, Diana, Marina, VRDiana
 from shoal.runtimes import Local, rounds
 from shoal.theory import AB
 
@@ -52,7 +52,7 @@ def descended(problem: Problem, gamma: float, length: int) -> torch.Tensor:
     return torch.stack(out)
 
 
-DIFFERENCES = [Marina(Dense(), p=0.2), Diana(Dense()), Diana(Dense(), shift=0.3), EF21(Dense())]
+DIFFERENCES = [Marina(Dense(), p=0.2), Diana(Dense()), Diana(Dense(), shift=0.3), EF21(Dense()), Dasha(Dense())]
 
 
 def gradient(problem: Problem, x: torch.Tensor) -> torch.Tensor:
@@ -92,11 +92,20 @@ def estimates(
     method: Method, server: object, worker: object, x: torch.Tensor, draws: int = 1500
 ) -> tuple[np.ndarray, list]:
     """(draws, d) of g at x from one and the same state, over as many rounds; and the workers' states after it."""
+    return estimates_on(MIXED, method, server, worker, x, draws)
+
+
+def estimates_on(
+    problem: Problem, method: Method, server: object, worker: object, x: torch.Tensor, draws: int = 1500
+) -> tuple[np.ndarray, list]:
+    """`estimates` on another problem."""
     g, after = np.empty((draws, len(x))), []
     for k in range(draws):
-        rnd = Round.full(k + 1, 5, MIXED.n)
+        rnd = Round.full(k + 1, 5, problem.n)
+        members = method.cohort(rnd)
+        rnd = rnd if members is None else rnd.among(members)
         down, _ = method.down(server, x, rnd)
-        u, new = method.up(worker, down, MIXED.grad, rnd)
+        u, new = method.up(worker, down, problem.grad, rnd)
         code = method.code(rnd)
         rnd = replace(rnd, agreed=float(code.prepare(u, rnd).max())) if code.agrees else rnd
         sent = code.encode(u, rnd)
@@ -177,16 +186,19 @@ def potential(method: Method, problem: Problem, gamma: float, pl: bool) -> float
     delta = float(problem.evaluate(problem.start(), torch.arange(problem.n))[0].mean()) - problem.f_star
     squares = float(problem.evaluate(problem.start(), torch.arange(problem.n))[1].double().square().sum(1).mean())
     twice = 2.0 if pl else 1.0
+    if isinstance(method, VRDiana):  # the weight of mean ||grad f_i(x^0) - h_i^0||^2, and h_i^0 = 0
+        return delta + method.step_size(setting(problem, pl=pl)).constants["weight"] * squares
     if isinstance(method, Diana):  # (gamma omega / (n shift)) mean ||grad f_i(x^0) - h_i^0||^2, and h_i^0 = 0
         return delta + twice * gamma * method.compressor.omega(problem.d) / (problem.n * method.shift) * squares
     if isinstance(method, EF21):  # gamma / (2 theta) mean ||g_i^0 - grad f_i(x^0)||^2, and g_i^0 = C(grad f_i(x^0))
-        alpha = method.compressor.alpha(problem.d)
+        alpha = method.step_size(setting(problem)).constants["alpha"]  # of a client that may not be asked
         return delta + twice * gamma / (2 * (1 - math.sqrt(1 - alpha))) * (1 - alpha) * squares
     return delta
 
 
 def paths(method: Method, problem: Problem, gamma: float) -> list[torch.Tensor]:
     sure = isinstance(method, GD) or isinstance(method.compressor, Dense | TopK) or getattr(method, "p", None) == 1.0
+    sure = sure and getattr(method, "clients", None) is None
     return [iterates(method, problem, gamma, LENGTH, seed) for seed in range(1 if sure else SEEDS)]
 
 
@@ -347,6 +359,8 @@ def test_everyone_derives_the_same_code(method):
         p, heads = ready.p, seen[Dense()] - (ready.compressor != Dense())
         if 0 < p < 1 and ready.compressor != Dense():
             assert abs(heads - 59 * p) <= SIX * math.sqrt(59 * p * (1 - p)) + 1
+    elif isinstance(ready, Dasha):
+        assert seen == {Dense(): 1, ready.compressor: 59}
     else:
         assert list(seen) == [getattr(ready, "compressor", Dense())]
 

@@ -16,17 +16,17 @@ from shoal.kernels import reference
 NAMES = {
     shoal: [
         "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Coded", "Composed", "Correlated",
-        "CorrelatedOffset", "Dense", "Diana", "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina",
-        "MeanEstimate", "Natural",
-        "NaturalDithering", "PerLayer", "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError",
-        "Sign", "Ternary", "TopK", "mean_estimation", "simulate",
+        "CorrelatedOffset", "Dasha", "Dense", "Diana", "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina",
+        "MeanEstimate", "Natural", "NaturalDithering", "PPMarina", "PerLayer", "PermK", "Quadratics", "RandK",
+        "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "VRDiana", "VRMarina", "mean_estimation",
+        "simulate",
     ],
     compressors: [
         "QSGD", "Bernoulli", "Coded", "Composed", "Correlated", "CorrelatedOffset", "Dense", "Drive", "Eden", "Grid",
         "Independent", "LowRank", "Natural", "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled",
         "Sign", "Ternary", "TopK",
     ],
-    methods: ["DCGD", "EF21", "GD", "Diana", "Marina"],
+    methods: ["DCGD", "EF21", "GD", "Dasha", "Diana", "Marina", "PPMarina", "VRDiana", "VRMarina"],
     problems: ["Classification", "Quadratics", "measured_pm"],
     errors: [
         "BadMagic", "CheckpointCorrupt", "CheckpointError", "ChecksumError", "ConfigError", "ConfigMismatch",

@@ -105,6 +105,7 @@ STREAMS = {
 }  # fmt: skip
 STREAMS |= {f"CorrelatedOffset.{name}" for name in ("bits", "offsets", "places", "shifts", "ties")}
 STREAMS |= {"Bernoulli.coin", "Natural.bits", "NaturalDithering.levels", "Ternary.levels", "Ternary.ties"}
+STREAMS |= {"Classification.batch", "Dasha.coin", "EF21.clients", "PPMarina.clients", "VRDiana.coin"}
 
 
 def strings(nodes: list[ast.expr]) -> Iterator[ast.expr]:

@@ -135,7 +135,7 @@ def test_facts_leave_out_what_is_unknown():
     assert facts["minus"] == (2.0, "exact")
     assert facts["mu"] == (0.1, "bound")
     assert "f_inf" not in facts
-    assert set(facts) == {"minus", "plus", "pm", "tilde", "max", "mu"}
+    assert set(facts) == {"minus", "plus", "pm", "tilde", "max", "mu", "samples", "most", "sample", "noise"}
 
 
 def test_theory_stands_alone():

@@ -44,7 +44,7 @@ from shoal.compressors.correlated import agree_locally
 from shoal.core import Channel, Compressor, Messages, Method, Problem, Round, State
 from shoal.descents import Step
 from shoal.errors import ConfigError
-from shoal.methods import DCGD, EF21, GD, Diana, Marina
+from shoal.methods import DCGD, EF21, GD, Dasha, Diana, Marina, PPMarina, VRDiana, VRMarina
 from shoal.problems import Classification, Quadratics
 from shoal.runtimes import Local, rounds
 from shoal.theory import Setting
@@ -169,6 +169,18 @@ METHODS: list[Method] = [
     *(Marina(c) for c in COMPRESSORS if has(c, "ab")),
     *(Marina(c, p=0.3) for c in COMPRESSORS if has(c, "ab")),  # at this small d the best p is often 1
     *(EF21(c) for c in COMPRESSORS if has(c, "alpha")),
+    VRMarina(Correlated(), p=0.3, batch=2),
+    VRMarina(QSGD(3), p=0.3, batch=2, large=4),
+    VRDiana(RandK(3), batch=2, p=0.3),
+    Dasha(RandK(3)),
+    Dasha(QSGD(3)),
+    Dasha(RandK(3), momentum=0.05, batch=2, p=0.3),
+    EF21(TopK(3), clients=2),
+    EF21(Scaled(RandK(3)), clients=4),
+    PPMarina(QSGD(3), p=0.3, clients=2),
+    PPMarina(PermK(), p=0.3, clients=3, replacement=True),
+    PPMarina(Correlated(), p=0.3, clients=2),
+    VRDiana(QSGD(3), shift=0.1),
 ]
 
 
@@ -242,5 +254,7 @@ def jobs() -> dict[str, Callable[[Callable[[], Channel]], dict[str, object]]]:
         return lambda channel: trace(problem, resolved(method, problem), channel)
 
     on_data = [GD(), Diana(QSGD(3)), Marina(Correlated(), p=0.3), Marina(PermK(), p=0.3), EF21(TopK(3))]
+    on_data += [VRMarina(Correlated(), p=0.3, batch=2, large=5), VRDiana(QSGD(3), batch=2, p=0.3)]
+    on_data += [Dasha(QSGD(3), batch=2, p=0.3), EF21(TopK(3), clients=3)]
     pairs = [(MIXED, m) for m in METHODS] + [(p, m) for p in PROBLEMS[3:] for m in on_data]
     return {f"{problem!r} {method!r}": job(problem, method) for problem, method in pairs}

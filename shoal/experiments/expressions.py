@@ -130,7 +130,7 @@ def compact(value: Any) -> str:
             continue
         current = getattr(value, f.name)
         default = f.default_factory() if f.default_factory is not MISSING else f.default
-        if default is MISSING:
+        if default is MISSING and not f.kw_only:
             shown.append(compact(current))
         elif current != default:
             shown.append(f"{f.name}={compact(current)}")

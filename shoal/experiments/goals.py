@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shoal import kernels, rng
+from shoal import kernels
 from shoal.compressors import QSGD, Correlated, Drive, Eden, Independent, PermK, RandK, TopK
 from shoal.compressors.correlated import agree_locally
 from shoal.core import Compressor, Messages, Round
@@ -63,12 +63,12 @@ def goals(d: int) -> Iterator[Goal]:
     norm, top = ops.norms(u), ops.maxes(u)
     yield Goal("IQ encode, 1 bit, scale given", lambda: ops.encode_bits(u, norm, private, ties, 1, place, None), 0.9)
     yield Goal("IQ encode, 1 bit, with the norm", lambda: Independent().encode(u, one), 0.5)
-
-    def correlated() -> Any:
-        shifts = rng.below(rnd.shared("goals.shifts"), d, CLIENTS)
-        return ops.encode_bits(u, top, private, ties, CLIENTS, place, shifts)
-
-    yield Goal("CQ encode, 1 bit, scale given", correlated, 0.5)
+    shared = rnd.shared("goals.shifts")
+    yield Goal(
+        "CQ encode, 1 bit, scale given",
+        lambda: ops.encode_bits(u, top, private, ties, CLIENTS, place, shared),
+        0.5,
+    )
     agreed = agree_locally(u, Correlated(), one)
     yield Goal("CQ encode, 1 bit, with the scale", lambda: _whole(Correlated(), u, one, agreed), 0.35)
     msgs = Correlated().encode(u, agreed)

@@ -71,31 +71,32 @@ def _nonconvex(t):
 
 
 @njit(cache=True, nogil=True)
-def _clients(loss, data, index, indptr, first, last, x, scale, shared_value, shared_gradient, values, rows):
+def _clients(loss, data, index, indptr, first, last, x, scales, shared_value, shared_gradient, values, rows):
     sums = np.empty(x.size)
     for i in range(first.size):
         t = np.empty(last[i] - first[i])
         _margins(data, index, indptr, first[i], x, t)
-        values[i] = scale * (_logistic(t) if loss == 0 else _nonconvex(t)) + shared_value
+        values[i] = scales[i] * (_logistic(t) if loss == 0 else _nonconvex(t)) + shared_value
         _combine(data, index, indptr, first[i], t, sums)
         for j in range(x.size):
-            rows[i, j] = np.float32(scale * sums[j] + shared_gradient[j])
+            rows[i, j] = np.float32(scales[i] * sums[j] + shared_gradient[j])
 
 
 @njit(cache=True, nogil=True)
-def logistic(data, index, indptr, first, last, x, scale, shared_value, shared_gradient, values, rows):
-    """values[i], rows[i] = scale * (sum of log(1 + exp(-a'x)) over CSR rows first[i]..last[i]-1), and its gradient.
+def logistic(data, index, indptr, first, last, x, scales, shared_value, shared_gradient, values, rows):
+    """values[i], rows[i] = scales[i] * (sum of log(1 + exp(-a'x)) over CSR rows first[i]..last[i]-1), and its gradient.
 
-    data, index, indptr: CSR rows with the label folded in; x (d,) float64. shared_value and shared_gradient (d,), the
-    regularizer, are added to every client. values (m,) float64 and rows (m, d) float32 are written.
+    data, index, indptr: CSR rows with the label folded in; x (d,), scales (m,) float64.
+    shared_value and shared_gradient (d,), the regularizer, are added to every client. values (m,) float64 and rows
+    (m, d) float32 are written.
     """
-    _clients(0, data, index, indptr, first, last, x, scale, shared_value, shared_gradient, values, rows)
+    _clients(0, data, index, indptr, first, last, x, scales, shared_value, shared_gradient, values, rows)
 
 
 @njit(cache=True, nogil=True)
-def nonconvex(data, index, indptr, first, last, x, scale, shared_value, shared_gradient, values, rows):
+def nonconvex(data, index, indptr, first, last, x, scales, shared_value, shared_gradient, values, rows):
     """As `logistic`, for the loss (1 - s(a'x))^2 with s the sigmoid."""
-    _clients(1, data, index, indptr, first, last, x, scale, shared_value, shared_gradient, values, rows)
+    _clients(1, data, index, indptr, first, last, x, scales, shared_value, shared_gradient, values, rows)
 
 
 @njit(cache=True, nogil=True)

@@ -1,7 +1,8 @@
 """EF21: error feedback for contractive compressors; the clients' gradient estimates are moved by what they send.
 
 Richtarik, Sokolov, Fatkhullin, "EF21: A New, Simpler, Theoretically Better, and Practically Faster Error Feedback",
-2021, arXiv:2106.05203. Step sizes with L_+ in place of the paper's larger L~: docs/derivations/methods.md.
+2021, arXiv:2106.05203; with partial participation: Fatkhullin, Sokolov, Gorbunov, Li, Richtarik, "EF21 with Bells &
+Whistles", 2021, arXiv:2110.03294. Step sizes with L_+ in place of the paper's larger L~: docs/derivations/methods.md.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from shoal import rng
 from shoal.core import Compressor, Gradient, Messages, Method, Round, Rows, Vector, require
+from shoal.errors import ConfigError
 from shoal.theory import Setting, StepSize, ef21_constants
 
 
@@ -30,21 +34,36 @@ class EF21(Method):
 
     g_i += C(grad f_i(x) - g_i); g = (1/n) sum g_i. Up |C| bits a round, never a dense message.
 
-    References: arXiv:2106.05203.
+    clients=r: only r of the n clients, drawn uniformly without replacement, send and move their g_i (EF21-PP); up
+    |C| r/n bits a client. A client then loses no more than a compressor with alpha r/n does.
+
+    References: arXiv:2106.05203; EF21-PP: arXiv:2110.03294.
     """
 
     compressor: Compressor
+    clients: int | None = None
 
     def __post_init__(self) -> None:
         require(self.compressor, "alpha", "EF21", "Use Marina or Diana for an unbiased compressor.")
+        r = self.clients
+        if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
+            raise ConfigError(f"EF21(clients={r!r}): a number of clients is an integer, at least one, or None for all.")
 
     def check(self, n: int, d: int) -> None:
-        self.compressor.check(n, d)
+        if self.clients is not None and self.clients > n:
+            raise ConfigError(f"EF21(clients={self.clients}): there are n={n}; take fewer, or leave it out.")
+        self.compressor.check(n if self.clients is None else self.clients, d)
+
+    def cohort(self, rnd: Round) -> Tensor | None:
+        if self.clients is None:
+            return None
+        return rng.support(rnd.shared("EF21.clients"), rnd.n, self.clients)[0]
 
     def step_size(self, setting: Setting) -> StepSize:
-        """gamma = 1 / (L_- + L_+ sqrt(beta/theta)); PL: min{1 / (L_- + L_+ sqrt(2 beta/theta)), theta/(2 mu)}."""
-        s = setting.smoothness
-        alpha = self.compressor.alpha(setting.d)  # type: ignore[attr-defined]
+        """gamma = 1 / (L_- + L_+ sqrt(beta/theta)); PL: min{1 / (L_- + L_+ sqrt(2 beta/theta)), theta/(2 mu)}. Where r
+        of n clients take part, alpha r/n stands for alpha."""
+        s, asked = setting.smoothness, 1.0 if self.clients is None else self.clients / setting.n
+        alpha = asked * self.compressor.alpha(setting.d)  # type: ignore[attr-defined]
         theta, beta = ef21_constants(alpha)
         used = {"alpha": alpha, "theta": theta, "beta": beta, "L_minus": s.minus, "L_plus": s.plus}
         if setting.pl and s.mu is not None:
@@ -66,5 +85,5 @@ class EF21(Method):
         return Worker(worker.g + self.compressor.decode(sent, rnd))
 
     def estimate(self, server: Server, up: Messages, rnd: Round) -> tuple[Vector, Server]:
-        g = server.g + self.compressor.aggregate(up, rnd)
+        g = server.g + rnd.cohort / rnd.n * self.compressor.aggregate(up, rnd)
         return g, Server(g)

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array, sparray, spmatrix
 from torch import Tensor
 
-from shoal import data, splits
-from shoal.core import Problem, Rows, Vector
+from shoal import data, rng, splits
+from shoal.core import Problem, Round, Rows, Vector
 from shoal.errors import ConfigError, DataError
 from shoal.kernels import losses
 from shoal.problems import hosting
@@ -35,11 +35,12 @@ Floats = NDArray[np.float64]
 
 
 class Loss(NamedTuple):
-    """A loss phi of the margin with lo <= phi'' <= hi, and a regularizer lam R with |R''| <= bend."""
+    """A loss phi of the margin with lo <= phi'' <= hi, |phi'| <= slope, and a regularizer lam R with |R''| <= bend."""
 
     kernel: Callable[..., None]
     lo: float
     hi: float
+    slope: float
     regularizer: Callable[[Floats], tuple[float, Floats]]  # R and its gradient
     bend: float
 
@@ -65,8 +66,8 @@ def sigmoid_curvature(s: float) -> float:
 LOWEST, HIGHEST = (sigmoid_curvature((9.0 + sign * math.sqrt(33.0)) / 24.0) for sign in (-1.0, 1.0))
 
 LOSSES = {
-    "logistic": Loss(losses.logistic, 0.0, 0.25, bounded_ratio, 2.0),
-    "nonconvex": Loss(losses.nonconvex, LOWEST, HIGHEST, half_square, 1.0),
+    "logistic": Loss(losses.logistic, 0.0, 0.25, 1.0, bounded_ratio, 2.0),
+    "nonconvex": Loss(losses.nonconvex, LOWEST, HIGHEST, 8.0 / 27.0, half_square, 1.0),
 }
 
 
@@ -127,14 +128,43 @@ class Classification(Problem):
 
     def evaluate(self, x: Vector, clients: Tensor) -> tuple[Tensor, Rows]:
         """f_i(x) and grad f_i(x) over all of each client's rows; float64 sums, gradients rounded to float32 once."""
-        slots, z = hosting.slots(self._table, clients), hosting.point(x, self.d)
-        parts = LOSSES[self.loss]
+        slots = hosting.slots(self._table, clients)
+        return self._over(self._A, self._starts[slots], self._starts[slots + 1], np.ones(len(slots)), x)
+
+    def grad(self, x: Vector, rnd: Round, batch: int | None = None) -> Rows:
+        """grad f_i over all of client i's N_i rows, or over `batch` of them: f_ij = n N_i/N phi(y a'x) + lam R."""
+        if batch is None:
+            return super().grad(x, rnd)
+        rows, counts, sizes = self._drawn(rnd, batch)
+        A, ends = _narrow(self._A[rows], self._A), np.cumsum(counts)
+        return self._over(A, ends - counts, ends, sizes / counts, x)[1]
+
+    def _drawn(self, rnd: Round, batch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """The rows of A that the round's clients draw, client after client; how many each; of how many."""
+        slots = hosting.slots(self._table, rnd.clients)
+        starts = self._starts[slots]
+        sizes = self._starts[slots + 1] - starts
+        counts = np.minimum(sizes, batch)
+        rows, first = np.empty(counts.sum(), np.int64), np.cumsum(counts) - counts
+        for size in np.unique(sizes):  # evenly split data have two sizes at most
+            at = np.flatnonzero(sizes == size)
+            if size <= batch:
+                chosen = np.broadcast_to(np.arange(size), (len(at), size))
+            else:
+                draw = rnd.draw("Classification.batch", rnd.clients[torch.from_numpy(at)])
+                chosen = rng.support(draw, int(size), batch).numpy()
+            rows[first[at][:, None] + np.arange(chosen.shape[1])] = starts[at][:, None] + chosen
+        return rows, counts, sizes
+
+    def _over(
+        self, A: csr_array, first: NDArray[np.int64], last: NDArray[np.int64], weights: Floats, x: Vector
+    ) -> tuple[Tensor, Rows]:
+        """Values and gradients of (n/N) weights[i] times the losses of A's rows first[i]..last[i]-1, regularized."""
+        z, parts = hosting.point(x, self.d), LOSSES[self.loss]
         value, gradient = parts.regularizer(z)
-        values, rows = np.empty(len(slots)), np.empty((len(slots), self.d), np.float32)
-        A, first, last = self._A, self._starts[slots], self._starts[slots + 1]
-        scale = self.n / self.total_rows
-        shared = (self.lam * value, self.lam * gradient)
-        parts.kernel(A.data, A.indices, A.indptr, first, last, z, scale, *shared, values, rows)
+        values, rows = np.empty(len(first)), np.empty((len(first), self.d), np.float32)
+        scales, shared = self.n / self.total_rows * weights, (self.lam * value, self.lam * gradient)
+        parts.kernel(A.data, A.indices, A.indptr, first, last, z, scales, *shared, values, rows)
         return torch.from_numpy(values), torch.from_numpy(rows)
 
     def smoothness(self) -> Smoothness:
@@ -150,7 +180,7 @@ class Classification(Problem):
                 )
             parts = LOSSES[self.loss]
             blocks = [self._A[a:b] for a, b in zip(self._starts[:-1], self._starts[1:], strict=True)]
-            bounds = linear_model(blocks, parts.lo, parts.hi, self.lam * parts.bend)
+            bounds = linear_model(blocks, parts.lo, parts.hi, self.lam * parts.bend, parts.slope)
             self._smoothness = replace(bounds, f_inf=Constant(0.0, "bound"))
         return self._smoothness
 
@@ -175,6 +205,12 @@ class Classification(Problem):
 def _signed(A: csr_array, y: Floats) -> csr_array:
     """Rows y a in place of a: the label enters through the margin only, and a change of sign is exact."""
     return csr_array((A.data * np.repeat(y, np.diff(A.indptr)), A.indices, A.indptr), shape=A.shape)
+
+
+def _narrow(A: csr_array, like: csr_array) -> csr_array:
+    """A with the index type of another matrix, for which the kernels are compiled already."""
+    A.indices, A.indptr = A.indices.astype(like.indices.dtype), A.indptr.astype(like.indptr.dtype)
+    return A
 
 
 def _check_data(A: csr_array, y: Floats) -> None:

@@ -27,12 +27,13 @@ DENSE_VARIANCE = 500  # the largest d for which (1/n) sum S_i^2 is formed
 Floats = NDArray[np.float64]
 
 
-def linear_model(blocks: Sequence[csr_array], lo: float, hi: float, bend: float) -> Smoothness:
+def linear_model(blocks: Sequence[csr_array], lo: float, hi: float, bend: float, slope: float) -> Smoothness:
     """Bounds for f_i(x) = (n/N) sum phi(a'x) + R(x), a over the rows of blocks[i]; R' is `bend`-Lipschitz.
 
     With r = bend: L_- <= c lmax(S) + r;  L_i <= c lambda_i + r;  L_+ <= min{c P + r, sqrt(mean L_i^2),
     sqrt(L_-^2 + L_±^2)} with P^2 = lmax((1/n) sum lambda_i S_i) and c = max(|lo|, hi);  L_± as in `spread_bound`, free
-    of R. f_inf is left None.
+    of R. Samples are rows, f_ij = n N_i/N phi(a_j'x) + R: L_s <= c sqrt(lmax(sum_ij n N_i/N^2 ||a_j||^2 a_j a_j')) and
+    sigma^2 <= slope^2 sum_ij n N_i/N^2 ||a_j||^2 with |phi'| <= slope, clients of one row left out. f_inf is left None.
     """
     n, rows = len(blocks), sum(block.shape[0] for block in blocks)
     weight = n / rows
@@ -47,7 +48,23 @@ def linear_model(blocks: Sequence[csr_array], lo: float, hi: float, bend: float)
     tilde = math.sqrt(np.square(lengths).mean())
     plus = max(minus, min(c * second + bend, tilde, math.hypot(minus, pm)))
     bounds = {"minus": minus, "plus": plus, "pm": pm, "tilde": tilde, "max": lengths.max()}
-    return Smoothness(**{what: Constant(rounded_up(float(value)), "bound") for what, value in bounds.items()})
+    bounds |= _samples(blocks, c, slope)
+    known = {what: Constant(rounded_up(float(value)), "bound") for what, value in bounds.items()}
+    counts = {"samples": rows / n, "most": float(max(block.shape[0] for block in blocks))}
+    return Smoothness(**known, **{what: Constant(count, "exact") for what, count in counts.items()})
+
+
+def _samples(blocks: Sequence[csr_array], c: float, slope: float) -> dict[str, float]:
+    """L_s and sigma^2. R is in every sample and drops out; one row alone has no spread."""
+    n, rows = len(blocks), sum(block.shape[0] for block in blocks)
+    squares, scaled = 0.0, []
+    for block in blocks:
+        weight = n * block.shape[0] / rows**2 if block.shape[0] > 1 else 0.0
+        norms = np.asarray(block.multiply(block).sum(axis=1)).ravel()
+        squares += weight * float(norms.sum())
+        scaled.append(diags_array(np.sqrt(weight * norms)) @ block)
+    top = largest_eigenvalue(vstack(scaled, format="csr"))
+    return {"sample": c * math.sqrt(top), "noise": slope**2 * squares}
 
 
 def spread_bound(tops: Floats, top: float, second: float, spread: float, lo: float, hi: float) -> float:

@@ -271,6 +271,10 @@ _MEANING = {
     "max": ("max Lᵢ", "the steepest client"),
     "mu": ("μ", "Polyak–Łojasiewicz constant of f"),
     "f_inf": ("f_inf", "mean of the clients' lower bounds"),
+    "samples": ("N/n", "samples a client, on average"),
+    "most": ("max Nᵢ", "samples of the largest client"),
+    "sample": ("L_s", "spread of the samples' gradient differences"),
+    "noise": ("σ²", "variance of a sample's gradient"),
 }
 
 

@@ -41,25 +41,27 @@ class Replicated(Local):
         self.shares = torch.arange(n).tensor_split(world)
         self.clients, self.digest = self.shares[self.rank], digest
 
-    def _all(self, mine: Tensor) -> Tensor:
-        """Every rank's rows, in rank order. Shares differ by at most one row: the shorter are padded with zeros."""
-        most = len(self.shares[0])
+    def _all(self, mine: Tensor, rnd: Round | None = None) -> Tensor:
+        """Every rank's rows of the round, in rank order, which is slot order. The shorter are padded with zeros."""
+        members = None if rnd is None else rnd.members
+        counts = [len(ids) if members is None else int(torch.isin(members, ids).sum()) for ids in self.shares]
+        most = max(counts)
         padded = torch.zeros((most, *mine.shape[1:]), dtype=mine.dtype)
         padded[: len(mine)] = mine
         out = [torch.empty_like(padded) for _ in self.shares]
         dist.all_gather(out, padded)
         self.meter.moved += padded.numel() * padded.element_size() * (len(self.shares) - 1)
-        return torch.cat([rows[: len(share)] for rows, share in zip(out, self.shares, strict=True)])
+        return torch.cat([rows[:count] for rows, count in zip(out, counts, strict=True)])
 
     def gather(self, up: Messages, width: int, rnd: Round) -> Messages:
         """One all-gather of frames, padded to the code's capacity."""
         stamp = Stamp(rng.LAYOUT, UP, rnd.index, rnd.cohort, up.d, self.digest)
-        payload, nbytes, slots = unframe(self._all(frame(up.payload, up.nbytes, up.slots, stamp, width)), stamp)
+        payload, nbytes, slots = unframe(self._all(frame(up.payload, up.nbytes, up.slots, stamp, width), rnd), stamp)
         return super().gather(Messages(payload.contiguous(), nbytes, slots, up.d), width, rnd)
 
     def agree(self, values: Tensor, rnd: Round) -> float:
         """The maximum over all clients: exact, whatever the order."""
-        return super().agree(self._all(values), rnd)
+        return super().agree(self._all(values, rnd), rnd)
 
     def collect(self, values: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
         """For measuring: not counted as moved either."""

@@ -17,11 +17,14 @@ from functools import cache
 from typing import Any, get_type_hints
 
 import torch
+from torch import Tensor
 
 from shoal import kernels
 from shoal.core import Channel, Descent, Event, Messages, Method, Problem, Round, Rows, State, Vector
+from shoal.errors import ConfigError
 
 TEMPORARY = 2**22  # coordinates of a chunk of clients: 16 MiB a float32 temporary
+Hosted = slice | Tensor  # places among the clients hosted here
 REMEMBERED = 2**24  # coordinates of gradients kept between measuring a point and using it: 64 MiB
 
 
@@ -35,7 +38,7 @@ class Watch:
     """Measures f and grad f, and hands the very rows it computed to the round that follows at the same point."""
 
     def __init__(self, problem: Problem, channel: Channel, chunk: int | None) -> None:
-        self.problem, self.channel = problem, channel
+        self.problem, self.channel, self.chunk = problem, channel, chunk
         self.parts = chunks(len(channel.clients), problem.d, chunk)
         self._x: Vector | None = None
         self._rows: Rows | None = None
@@ -62,13 +65,26 @@ class Watch:
         total /= n
         return float(total[-1]), ops.square_norm(total[:-1])
 
-    def grad(self, x: Vector, rnd: Round) -> Rows:
+    def grad(self, x: Vector, rnd: Round, batch: int | None = None) -> Rows:
         """The method's view of the gradients: remembered rows where they are the same thing, else computed."""
+        if len(rnd.clients) == 0:
+            return x.new_zeros(0, len(x))
+        if batch is not None:
+            return self.problem.grad(x, rnd, batch)
         if self._rows is not None and self._x is not None and torch.equal(x, self._x):
             at = int(torch.searchsorted(self.channel.clients, rnd.clients[:1]))
             if torch.equal(self.channel.clients[at : at + len(rnd.clients)], rnd.clients):
                 return self._rows[at : at + len(rnd.clients)]
+            return self._rows[torch.searchsorted(self.channel.clients, rnd.clients)]
         return self.problem.grad(x, rnd)
+
+    def share(self, rnd: Round) -> list[tuple[slice, Hosted]]:
+        """The round's rows in chunks, each with the places of its clients among those hosted here."""
+        if rnd.members is None:
+            return [(part, part) for part in self.parts]
+        places = torch.searchsorted(self.channel.clients, rnd.clients)
+        parts = chunks(len(rnd.clients), self.problem.d, self.chunk) or [slice(0, 0)]
+        return [(part, places[part]) for part in parts]
 
 
 @cache
@@ -77,8 +93,8 @@ def _row_fields(kind: type) -> frozenset[str]:
     return frozenset(name for name, hint in get_type_hints(kind, include_extras=True).items() if hint == Rows)
 
 
-def take(state: Any, part: slice) -> Any:
-    """The state of some of the hosted clients: a slice of every `Rows` field."""
+def take(state: Any, part: Hosted) -> Any:
+    """The state of some of the hosted clients: their rows of every `Rows` field."""
     if state == ():
         return state
     rows = _row_fields(type(state))  # type: ignore[arg-type]
@@ -93,33 +109,50 @@ def own(state: Any) -> Any:
     return type(state)(*(v.clone() if f in rows else v for f, v in zip(state._fields, state, strict=True)))
 
 
-def put(state: Any, part: slice, new: Any) -> Any:
+def put(state: Any, part: Hosted, new: Any) -> Any:
     """The state with these clients' rows replaced: the new one itself if they are all, else written in place."""
     if state == ():
         return new
     fields = []
     for name, old, value in zip(state._fields, state, new, strict=True):
-        if name in _row_fields(type(state)) and part != slice(0, len(old)):  # type: ignore[arg-type]
+        rows = name in _row_fields(type(state))  # type: ignore[arg-type]
+        if rows and (isinstance(part, Tensor) or part != slice(0, len(old))):
             old[part] = value
             value = old
         fields.append(value)
     return type(state)(*fields)
 
 
+def _cohort(method: Method, workers: Any, rnd: Round) -> Round:
+    """The round of those who take part. Raises ConfigError where a row of state would be moved twice in it."""
+    members = method.cohort(rnd)
+    if members is None:
+        return rnd
+    rnd = rnd.among(members)
+    rows = workers != () and _row_fields(type(workers))  # type: ignore[arg-type]
+    if rows and bool((members.diff() == 0).any()):
+        raise ConfigError(
+            f"{method!r}, round {rnd.index}: cohort {members.tolist()} names a client twice, and its workers have rows "
+            "of state; draw clients without replacement."
+        )
+    return rnd
+
+
 def _uplink(
     method: Method, workers: Any, down: Messages, watch: Watch, channel: Channel, rnd: Round
 ) -> tuple[Messages, Any, Round]:
     """Every hosted client's message and new state, and the round with what was agreed in it."""
-    code, parts, d = method.code(rnd), watch.parts, watch.problem.d
+    code, parts, d = method.code(rnd), watch.share(rnd), watch.problem.d
     width = code.capacity(rnd.cohort, d)
     whole: Messages | None = None
-    if len(parts) > 1:
+    before = workers
+    if len(parts) > 1 or rnd.members is not None:
         workers = own(workers)
 
-    def send(u: Rows, part: slice, rnd: Round) -> None:
+    def send(u: Rows, part: slice, at: Hosted, rnd: Round, moved: Any) -> None:
         nonlocal whole, workers
         sent = code.encode(u, rnd.rows(part))
-        workers = put(workers, part, method.commit(take(workers, part), sent, rnd.rows(part)))
+        workers = put(workers, at, method.commit(moved, sent, rnd.rows(part)))
         if len(parts) == 1:
             whole = sent
             return
@@ -129,19 +162,24 @@ def _uplink(
         whole.nbytes[part] = sent.nbytes
 
     held = []
-    for part in parts:
-        u, new = method.up(take(workers, part), down, watch.grad, rnd.rows(part))
-        workers = put(workers, part, new)
+    for part, at in parts:
+        # From the state before the round: what all workers share has moved already where an earlier chunk is done.
+        u, new = method.up(take(before, at), down, watch.grad, rnd.rows(part))
+        workers = put(workers, at, new)
+        if len(u) == 0:
+            continue
         if code.agrees:
-            held.append((u, part))
+            held.append((u, part, at))
         else:
-            send(u, part, rnd)
+            send(u, part, at, rnd, take(workers, at))
     if code.agrees:
-        scalars = torch.cat([code.prepare(u, rnd.rows(part)) for u, part in held])
+        moved = workers
+        scalars = torch.cat([torch.zeros(0), *(code.prepare(u, rnd.rows(part)) for u, part, _ in held)])
         rnd = replace(rnd, agreed=channel.agree(scalars, rnd))
-        for u, part in held:
-            send(u, part, rnd)
-    assert whole is not None
+        for u, part, at in held:
+            send(u, part, at, rnd, take(moved, at))
+    if whole is None:  # this process hosts none of the cohort
+        whole = Messages(torch.zeros(0, width, dtype=torch.uint8), rnd.slots, rnd.slots, d)
     return whole, workers, rnd
 
 
@@ -157,7 +195,8 @@ def rounds(
     """Yields x^0 (or the resumed state), x^1, ...; the caller stops when it has seen enough.
 
     The bits do not depend on `chunk`, on the channel, or on where a run was resumed. Raises NonFiniteError when a
-    client's vector cannot be compressed; no state has changed then.
+    client's vector cannot be compressed; no state has changed then. Where the method has a cohort, only its members
+    compute and send.
     """
     watch, n = Watch(problem, channel, chunk), channel.n
     if state is None:
@@ -167,9 +206,10 @@ def rounds(
     while True:
         yield Event(replace(state, meter=replace(channel.meter)), watch.evaluate)
         rnd = Round.full(state.index, seed, n, channel.clients)
+        rnd = _cohort(method, state.workers, rnd)
         down, server = method.down(state.server, state.x, rnd) if channel.serves else (None, state.server)
         sent, workers, rnd = _uplink(method, state.workers, channel.scatter(down, rnd), watch, channel, rnd)
-        up = channel.gather(sent, method.code(rnd).capacity(n, problem.d), rnd)
+        up = channel.gather(sent, method.code(rnd).capacity(rnd.cohort, problem.d), rnd)
         g, server = method.estimate(server, up, rnd)
         x, memory = descent.step(state.x, g, state.descent)
         state = State(state.index + 1, x, server, workers, memory)
