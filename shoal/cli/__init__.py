@@ -1,4 +1,4 @@
-"""The command line: race, run, sweep, mean, bench, report, list. What a command does is in experiments and report."""
+"""The command line: race, run, sweep, reproduce, mean, bench, report, list. What a command does is in experiments and report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from shoal import __version__, compressors, data, kernels, methods, problems, report
-from shoal.cli import bench, mean, race, run, sweep
+from shoal.cli import bench, mean, race, reproduce, run, sweep
 from shoal.cli.options import With, app, err_console, fail, out_console
 from shoal.errors import ShoalError
 from shoal.experiments import sweep as sweeps
@@ -22,14 +22,12 @@ from shoal.experiments.expressions import known_names
 from shoal.report import mean as means
 from shoal.runtimes.replicated import started_by_torchrun
 
-__all__ = ["app", "bench", "main", "mean", "race", "run", "sweep"]
+__all__ = ["app", "bench", "main", "mean", "race", "reproduce", "run", "sweep"]
 
 
 @app.command("report")
 def report_command(
-    folder: Annotated[
-        Path, typer.Argument(help="The folder of a race, a run, a sweep or estimated means, finished or not.")
-    ],
+    folder: Annotated[Path, typer.Argument(help="The folder of a race, run, sweep or means, finished or not.")],
 ) -> None:
     """Read a folder of results again: the leaderboard, report.html, and the figures; a sweep's table and results.parquet."""
     if sweeps.is_sweep(folder):

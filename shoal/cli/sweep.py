@@ -7,6 +7,8 @@ import shlex
 import signal
 import time
 import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,11 +108,21 @@ def _spec(file: Path | None, over: list[str], fixed: list[str]) -> SweepSpec:
 
 def run(spec: SweepSpec, folder: Path, command: str, resuming: bool, workers: int | None, advice: str) -> None:
     """Run a sweep under a progress bar with the time left."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell may start background jobs with SIGINT ignored
-        signal.signal(number, signal.default_int_handler)
     if not resuming:
         sweeps.check(spec)  # a wrong sweep is one line, before anything is made
         make_folder(folder)
+    with shown() as (on_progress, on_failure):
+        try:
+            sweeps.sweep(spec, folder, command, resuming, workers, on_progress, on_failure)
+        except KeyboardInterrupt:
+            fail(f"interrupted; go on with: {advice}", 130)
+
+
+@contextmanager
+def shown() -> Iterator[tuple[Callable[[Progress], None], Callable[[RunSpec, str], None]]]:
+    """What shows a sweep's progress and its failures, while the context lasts."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell may start background jobs with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn())
     said = time.monotonic()
     with Bars(*columns, TextColumn("{task.fields[left]}"), TimeElapsedColumn(), console=err_console) as bars:
@@ -128,11 +140,7 @@ def run(spec: SweepSpec, folder: Path, command: str, resuming: bool, workers: in
             where = f"{point.method} on {point.problem.name}, seed {point.seed}"
             err_console.print(f"[red]failed:[/red] {escape(f'{where}: {error}')}", highlight=False, soft_wrap=True)
 
-        try:
-            sweeps.sweep(spec, folder, command, resuming, workers, on_progress, on_failure)
-        except KeyboardInterrupt:
-            bars.stop()
-            fail(f"interrupted; go on with: {advice}", 130)
+        yield on_progress, on_failure
 
 
 def _duration(seconds: float) -> str:

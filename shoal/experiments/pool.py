@@ -41,13 +41,20 @@ def _serve(pipe: Connection, work: Work, parent: int) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         while True:
             task = pipe.recv_bytes().decode()
-            try:
-                work(task, lambda fraction: _send(pipe, ["at", fraction]))
-                _send(pipe, ["done", None])
-            except Exception as error:
-                _send(pipe, ["done", f"{type(error).__name__}: {' '.join(str(error).split())}"])
+            _send(pipe, ["done", _tried(work, task, lambda fraction: _send(pipe, ["at", fraction]))])
     except (KeyboardInterrupt, EOFError, BrokenPipeError):
         return
+
+
+def _tried(work: Work, task: str, tell: Tell) -> str | None:
+    """What went wrong, in one line, or None."""
+    try:
+        work(task, tell)
+    except BrokenPipeError:  # the parent has gone
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
 
 
 def _send(pipe: Connection, said: list[Any]) -> None:
@@ -104,8 +111,13 @@ def run(
 ) -> None:
     """Do every task once, in order of their start. on_news(task, fraction), on_end(task, None or what went wrong).
 
-    workers: processes (default: one a core). An interrupt is passed on to the tasks that run, and then let through.
+    workers: processes (default: one a core; 0: this process, which a dying task takes along). An interrupt is passed on
+    to the tasks that run, and then let through.
     """
+    if workers == 0:
+        for task in tasks:
+            on_end(task, _tried(work, task, lambda fraction, task=task: on_news(task, fraction)))  # type: ignore[misc]
+        return
     waiting, crew = deque(tasks), []
     try:
         for _ in range(min(workers or os.cpu_count() or 1, len(waiting))):

@@ -1,0 +1,75 @@
+"""shoal reproduce: published experiments again, each with a report of claim, figure and verdict."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from shoal.cli.options import app, fail, out_console
+from shoal.cli.sweep import shown
+from shoal.errors import ConfigError
+from shoal.experiments.reproduce import REPRODUCTIONS, Outcome, Reproduction
+from shoal.experiments.reproduce import reproduce as run_reproduction
+
+
+@app.command()
+def reproduce(
+    names: Annotated[list[str] | None, typer.Argument(help="Which; --list names them.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All of them, one after the other.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="Name them, with the paper, and run none.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: the claim's direction in seconds.")] = False,
+    data: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A LIBSVM file that does not come along: w8a, a9a.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes (default: one a core; 0: this one).")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results, one in it for each; what is done stays.")] = Path(
+        "reproductions"
+    ),
+) -> None:
+    """Published experiments again. Writes report.md: the paper's claim, our figure, whether they agree, and why.
+
+    What was cut goes on where it was: the same command again.
+    [bold]shoal reproduce cq-ratio cq-parity[/bold]
+    [bold]shoal reproduce --all --quick[/bold]
+    """
+    if listing:
+        table = Table("name", "what it is", "paper")
+        for one in REPRODUCTIONS.values():
+            table.add_row(one.name, escape(one.title), escape(one.paper))
+        out_console.print(table)
+        return
+    if workers is not None and workers < 0:
+        raise ConfigError(f"--workers {workers}: at least one process, or 0 for this one.")
+    wanted = list(REPRODUCTIONS) if every else names or []
+    unknown = [name for name in wanted if name not in REPRODUCTIONS]
+    if unknown or not wanted:
+        said = f"{unknown[0]!r} is none of them" if unknown else "which one"
+        raise ConfigError(f"{said}: give one or more of {', '.join(REPRODUCTIONS)}, or --all.")
+    missed = []
+    for name in wanted:
+        folder = out / (f"{name}-quick" if quick else name)
+        outcome = _one(REPRODUCTIONS[name], folder, quick, data or [], workers)
+        missed += [name for finding in outcome.findings if finding.verdict == "disagrees"]
+    if missed:
+        out_console.print(f"not as claimed: {', '.join(dict.fromkeys(missed))}; the reports say why.")
+
+
+def _one(what: Reproduction, folder: Path, quick: bool, data: list[Path], workers: int | None) -> Outcome:
+    with shown() as (on_progress, on_failure):
+        try:
+            outcome = run_reproduction(what, folder, quick, data, workers, on_progress, on_failure)
+        except KeyboardInterrupt:
+            fail(f"interrupted; the same command goes on with {shlex.quote(str(folder))}.", 130)
+    table = Table("claim", "known from", "our figure", "verdict", title=escape(what.title))
+    for finding in outcome.findings:
+        table.add_row(*map(escape, (finding.claim, finding.basis, finding.figure, finding.verdict)))
+    Console(width=max(out_console.width, 140) if not out_console.is_terminal else None, emoji=False).print(table)
+    report = (folder / "report.md").resolve()
+    out_console.print(f"[bold]report:[/bold] {escape(str(report))}", highlight=False, soft_wrap=True)
+    return outcome
