@@ -1,0 +1,151 @@
+"""Reproductions: the figures they judge by, and the quick version of each.
+
+What is asserted of a quick version is the direction of a claim, or a law (a step of theory's is stable), never a size.
+Seeds are fixed, so nothing here can fail by chance.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from test_cli import shoal  # noqa: F401  (a fixture)
+
+from shoal.errors import ConfigError
+from shoal.experiments.reproduce import REPRODUCTIONS, load_findings, reproduce
+from shoal.experiments.reproduce.cq_checks import gain, stable, trajectory_errors
+from shoal.experiments.reproduce.cq_quadratics import CQ, IQ, SHARED, better
+from shoal.experiments.reproduce.study import Ratio, above, bits, interval, ratio, where
+from shoal.experiments.sweep import table
+from shoal.problems import Quadratics
+
+
+def runs(*spent: float, stopped: str = "target", **fields: object) -> list[dict]:
+    return [{"seed": k, "up_bits": one, "stopped": stopped, **fields} for k, one in enumerate(spent)]
+
+
+def test_ratios_over_seeds():
+    """Seed by seed; an interval over one seed is a point; who did not arrive makes a bound, or no figure."""
+    found = ratio(runs(20, 40, 80), runs(10, 20, 40))
+    assert (found.value, found.low, found.high) == pytest.approx((2, 2, 2))
+    assert found.beats(1.9) is True
+    assert str(found) == "2"
+    spread = interval([math.log(2), math.log(8)])
+    assert spread.value == pytest.approx(4)
+    assert spread.low == pytest.approx(4 * math.exp(-12.7062 * math.log(2)), rel=1e-4)  # t(0.975, 1) = 12.7062
+    single = interval([math.log(3)])
+    assert (single.low, single.high) == pytest.approx((3, 3))
+    bound = ratio(runs(20, stopped="rounds"), runs(10))
+    assert str(bound) == "> 2"
+    assert (bound.beats(), bound.beats(3)) == (True, None)
+    nowhere = ratio(runs(20), runs(10, stopped="rounds"))
+    assert (str(nowhere), nowhere.beats()) == ("-", None)
+    assert bits(runs(1000, stopped="bits")) == "not in 1"
+    assert above(Ratio(3, 2.5, 4), Ratio(2, 1, 2.4)) is True
+    assert above(Ratio(3, 2.5, 4), Ratio(5, 4.5, 6)) is False
+    assert above(Ratio(3, 2.5, 4), Ratio(2, 1, 2.6)) is None
+
+
+def test_verdicts():
+    assert [better(v) for v in ([True, True], [True, None], [None, None], [None, False], [True, False])] == [
+        "agrees", "in part", "undecided", "disagrees", "in part",
+    ]  # fmt: skip
+
+
+def test_the_largest_stable_multiple():
+    """Up to the first multiple that fails on any seed, whatever larger ones do."""
+    problem = {"problem.clients": 2, "problem.dim": 4, "problem.noise": 0.0, "problem.lam": 0.1}
+    calm, wild = problem | {"value": -1.0, "grad_norm_sq": 0.0}, problem | {"value": 1e9, "grad_norm_sq": 0.0}
+    rows = [*runs(1, 1, multiple=1.0, **calm), *runs(1, multiple=2.0, **calm), *runs(1, multiple=2.0, **wild)]
+    assert stable([*rows, *runs(1, multiple=4.0, **calm)]) == 1.0
+    assert stable([*runs(1, multiple=1.0, stopped="diverged", **calm)]) == 0.0
+
+
+def test_the_ratio_that_is_claimed():
+    """7.29 with the constant d/(4n), which is not omega/n; with the right one 12.86."""
+    assert gain(0.25, 1e-9) == pytest.approx(7.287, abs=0.05)
+    assert gain(1.0, 1e-9) == pytest.approx(12.86, abs=0.1)
+    assert gain(1.0, 1.0) == pytest.approx(1.0)
+
+
+def test_errors_along_a_trajectory():
+    """IQ's is (d-1)/n for every input; where clients agree CQ's is at most d/n^2."""
+    independent, own, shared = trajectory_errors(Quadratics(n=4, d=16, noise=0.0, lam=0.1), 5)
+    assert independent == pytest.approx(15 / 4, rel=1e-6)
+    assert 0.0 < own <= 1.0
+    assert 0.0 < shared <= 1.0
+    assert trajectory_errors(Quadratics(n=4, d=16, noise=0.5, lam=0.1), 5)[0] == pytest.approx(15 / 4, rel=1e-6)
+
+
+def test_the_command(shoal, tmp_path):  # noqa: F811
+    listed = shoal("reproduce", "--list")
+    assert listed.status == 0
+    assert all(name in listed.out for name in REPRODUCTIONS)
+    assert "none of them" in shoal("reproduce", "cq-ration").error
+    assert "which one" in shoal("reproduce").error
+    assert "no such file" in shoal("reproduce", "cq-logistic", "--quick", "--data", "w8a").error
+    done = shoal("reproduce", "cq-heterogeneity", "--quick", "--out", "here")
+    assert done.status == 0
+    report = (tmp_path / "here" / "cq-heterogeneity-quick" / "report.md").read_text()
+    facts = json.loads((tmp_path / "here" / "cq-heterogeneity-quick" / "findings.json").read_text())
+    assert facts["findings"][1]["verdict"] == "agrees"
+    assert facts["findings"][1]["figure"] in report
+    assert facts["command"] == "shoal reproduce cq-heterogeneity --quick"
+
+
+def test_a_failed_point_gives_no_verdict(tmp_path, monkeypatch):
+    def no(*args: object, **more: object) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("shoal.experiments.sweep.simulate", no)
+    with pytest.raises(ConfigError, match="8 of 8 points have no result"):
+        reproduce(
+            REPRODUCTIONS["cq-stability"].__class__(**vars(REPRODUCTIONS["cq-stability"]) | {"grids": few}),
+            tmp_path,
+            True,
+        )
+    assert load_findings(tmp_path) is None
+
+
+def few(quick, data):
+    """A grid of eight points."""
+    return [REPRODUCTIONS["cq-stability"].grids(quick, data)[0].changed({"method": "GD()", "seed": 0}, {})]
+
+
+HOLDS = {  # the verdicts that a quick version must reach, finding by finding
+    "cq-quadratics-zero": ({"agrees", "in part"}, {"agrees", "in part", "undecided"}),
+    "cq-quadratics-positive": ({"answered"},),
+    "cq-permk": ({"answered"},),
+    "cq-ratio": ({"in part"}, {"agrees"}),
+    "cq-heterogeneity": ({"answered"}, {"agrees"}),
+    "cq-parity": ({"answered"},),
+    "cq-stability": ({"answered"},),
+    "cq-logistic": ({"agrees"},),
+    "permk-quadratics": ({"agrees"}, {"agrees", "in part", "undecided", "disagrees"}, {"agrees"}),
+    "marina-classification": ({"agrees"}, {"agrees", "undecided"}, {"agrees"}, {"agrees", "undecided"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REPRODUCTIONS)
+def test_the_quick_version(name, tmp_path):
+    """Every run arrives, or is in a table; the verdicts are those above; done twice, nothing is run again."""
+    outcome = reproduce(REPRODUCTIONS[name], tmp_path / name, quick=True, workers=0)
+    assert len(outcome.findings) == len(HOLDS[name])
+    for finding, verdicts in zip(outcome.findings, HOLDS[name], strict=True):
+        assert finding.verdict in verdicts, finding
+    assert load_findings(tmp_path / name) is not None
+    if name == "cq-heterogeneity":
+        return
+    rows = table(tmp_path / name)
+    assert reproduce(REPRODUCTIONS[name], tmp_path / name, quick=True, workers=0) == outcome
+    if name == "cq-quadratics-positive":
+        assert (
+            ratio(where(rows, method=IQ, problem__noise=0.05), where(rows, method=SHARED, problem__noise=0.05)).low > 1
+        )
+    if name == "cq-parity":
+        sevens, eights = (where(rows, method=CQ, problem__clients=n) for n in (7, 8))
+        assert ratio(sevens, eights).value > 1
+    if name == "cq-stability":
+        assert all(stable(where(rows, method=row["method"])) >= 1.0 for row in rows), "theory's step is stable"
