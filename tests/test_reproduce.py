@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from test_cli import shoal  # noqa: F401  (a fixture)
 
 from shoal.errors import ConfigError
+from shoal.experiments.grid import Grid
 from shoal.experiments.reproduce import REPRODUCTIONS, load_findings, reproduce
-from shoal.experiments.reproduce.cq_checks import gain, stable, trajectory_errors
+from shoal.experiments.reproduce.cq_checks import gain, limit, stable, trajectory_errors
 from shoal.experiments.reproduce.cq_quadratics import CQ, IQ, SHARED, better
 from shoal.experiments.reproduce.study import Ratio, above, bits, interval, ratio, where
 from shoal.experiments.sweep import table
@@ -64,8 +66,9 @@ def test_the_largest_stable_multiple():
 
 def test_the_ratio_that_is_claimed():
     """7.29 with the constant d/(4n), which is not omega/n; with the right one 12.86."""
-    assert gain(0.25, 1e-9) == pytest.approx(7.287, abs=0.05)
-    assert gain(1.0, 1e-9) == pytest.approx(12.86, abs=0.1)
+    assert limit(0.25) == pytest.approx(7.287, abs=0.001)
+    assert limit(1.0) == pytest.approx(12.86, abs=0.01)
+    assert limit(1.0) / 1.2 < gain(1.0, 1e-9) < limit(1.0), "runs keep p above a floor"
     assert gain(1.0, 1.0) == pytest.approx(1.0)
 
 
@@ -99,18 +102,15 @@ def test_a_failed_point_gives_no_verdict(tmp_path, monkeypatch):
         raise RuntimeError("no")
 
     monkeypatch.setattr("shoal.experiments.sweep.simulate", no)
-    with pytest.raises(ConfigError, match="8 of 8 points have no result"):
-        reproduce(
-            REPRODUCTIONS["cq-stability"].__class__(**vars(REPRODUCTIONS["cq-stability"]) | {"grids": few}),
-            tmp_path,
-            True,
-        )
+    few = replace(REPRODUCTIONS["cq-stability"], grids=three)
+    with pytest.raises(ConfigError, match="3 of 3 points have no result"):
+        reproduce(few, tmp_path, workers=0)
     assert load_findings(tmp_path) is None
 
 
-def few(quick, data):
-    """A grid of eight points."""
-    return [REPRODUCTIONS["cq-stability"].grids(quick, data)[0].changed({"method": "GD()", "seed": 0}, {})]
+def three(quick, data):
+    """A grid of three points."""
+    return [Grid.of(run={"method": "GD()", "problem.name": "quadratics", "rounds": 3}, over={"seed": (0, 1, 2)})]
 
 
 HOLDS = {  # the verdicts that a quick version must reach, finding by finding

@@ -86,7 +86,7 @@ def test_a_key_is_of_what_is_run(tmp_path):
         ({"grids": [3]}, "grids"),
         ({"titel": "x"}, "titel"),
         ({"run": {"rounds": 3}, "over": {"method": ["GD()", "Marina(RandK(1000))"]}}, "RandK"),
-        ({"run": {"rounds": 3, "method": "DCGD(RandK(1))", "problem.name": "quadratics", "problem.noise": 1.0}}, "step"),
+        ({"run": {"rounds": 3, "method": "DCGD(RandK(1))", "problem": {"name": "quadratics", "noise": 1}}}, "step"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_run_is_said_first(facts, named, tmp_path):

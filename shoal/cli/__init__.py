@@ -1,4 +1,7 @@
-"""The command line: race, run, sweep, reproduce, mean, bench, report, list. What a command does is in experiments and report."""
+"""The command line: race, run, sweep, reproduce, mean, bench, report, list.
+
+What a command does is in experiments and report.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ __all__ = ["app", "bench", "main", "mean", "race", "reproduce", "run", "sweep"]
 def report_command(
     folder: Annotated[Path, typer.Argument(help="The folder of a race, run, sweep or means, finished or not.")],
 ) -> None:
-    """Read a folder of results again: the leaderboard, report.html, and the figures; a sweep's table and results.parquet."""
+    """Read a folder of results again: the leaderboard, report.html, and the figures; or a sweep's table."""
     if sweeps.is_sweep(folder):
         sweep.show(folder)
         return

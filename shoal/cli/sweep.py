@@ -125,22 +125,26 @@ def shown() -> Iterator[tuple[Callable[[Progress], None], Callable[[RunSpec, str
         signal.signal(number, signal.default_int_handler)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn())
     said = time.monotonic()
-    with Bars(*columns, TextColumn("{task.fields[left]}"), TimeElapsedColumn(), console=err_console) as bars:
-        bar = bars.add_task("points", total=None, left="")
+    bars = Bars(*columns, TextColumn("{task.fields[left]}"), TimeElapsedColumn(), console=err_console)
+    bar = bars.add_task("points", total=None, left="")
 
-        def on_progress(progress: Progress) -> None:
-            nonlocal said
-            left = f"about {_duration(progress.left)} left" if progress.left and progress.done < progress.total else ""
-            bars.update(bar, total=progress.total, completed=progress.done, left=left)
-            if not err_console.is_terminal and time.monotonic() - said > 10.0:
-                said = time.monotonic()
-                err_console.print(f"{progress.done} of {progress.total} points done; {left or 'at the end'}")
+    def on_progress(progress: Progress) -> None:
+        nonlocal said
+        bars.start()  # at the first news: what is wrong before is one line alone
+        left = f"about {_duration(progress.left)} left" if progress.left and progress.done < progress.total else ""
+        bars.update(bar, total=progress.total, completed=progress.done, left=left)
+        if not err_console.is_terminal and time.monotonic() - said > 10.0:
+            said = time.monotonic()
+            err_console.print(f"{progress.done} of {progress.total} points done{left and '; '}{left}")
 
-        def on_failure(point: RunSpec, error: str) -> None:
-            where = f"{point.method} on {point.problem.name}, seed {point.seed}"
-            err_console.print(f"[red]failed:[/red] {escape(f'{where}: {error}')}", highlight=False, soft_wrap=True)
+    def on_failure(point: RunSpec, error: str) -> None:
+        where = f"{point.method} on {point.problem.name}, seed {point.seed}"
+        err_console.print(f"[red]failed:[/red] {escape(f'{where}: {error}')}", highlight=False, soft_wrap=True)
 
+    try:
         yield on_progress, on_failure
+    finally:
+        bars.stop()
 
 
 def _duration(seconds: float) -> str:

@@ -35,8 +35,8 @@ CLAIMED = 7.29
 
 # ------------------------------------------------------------------------------------------------ the ratio at d = n
 def gain(independent: float, correlated: float, code: float = 1 / 32) -> float:
-    """Predicted bits of IQ over those of CQ with L± = 0, L_- = L_+ = 1, each at its best p; a code costs `code` of a
-    dense round, and the constants are A - B."""
+    """Predicted bits of IQ over those of CQ with L± = 0, L_- = L_+ = 1, each at the p that a run takes; a code costs
+    `code` of a dense round, and the constants are A - B."""
     spent = []
     for a in (independent, correlated):
         p = best_p(1.0, code, 1.0, a)
@@ -44,7 +44,7 @@ def gain(independent: float, correlated: float, code: float = 1 / 32) -> float:
     return spent[0] / spent[1]
 
 
-def _limit(a: float) -> float:
+def limit(a: float) -> float:
     """`gain` where n = d grows without end: CQ's constant vanishes, its p goes to 0, its round costs 1/32."""
     p = best_p(1.0, 1 / 32, 1.0, a)
     return predicted_bits(p, 1.0, 1 / 32, 1.0, a) / (1 / 32)
@@ -60,7 +60,7 @@ def _ratio_grids(quick: bool, data: Sequence[Path]) -> list[Grid]:
 
 
 def _judge_ratio(rows: Rows, quick: bool) -> Outcome:
-    quarter, right = _limit(0.25), _limit(1.0)
+    quarter, right = limit(0.25), limit(1.0)
     sizes, listing, seen = sorted({row["problem.clients"] for row in rows}), [], []
     for n in sizes:
         code = 1 / 32 + 1 / n  # one bit a coordinate and a float32 for the scale
@@ -142,11 +142,9 @@ def _judge_heterogeneity(rows: Rows, quick: bool) -> Outcome:
 # ------------------------------------------------------------------------------------------------ parity
 def _parity_grids(quick: bool, data: Sequence[Path]) -> list[Grid]:
     d = 128 if quick else 1024
-    return [
-        grid({"name": "quadratics", "clients": n, "dim": d, "noise": 0.0, "lam": 1e-6}, {"method": [CQ], "seed": seeds(quick, 6)},
-             1e-3 if quick else 1e-4, rounds=ROUNDS)
-        for pair in _pairs(quick) for n in pair
-    ]  # fmt: skip
+    fixed, over = {"name": "quadratics", "dim": d, "noise": 0.0, "lam": 1e-6}, {"method": [CQ], "seed": seeds(quick, 6)}
+    sizes = [n for pair in _pairs(quick) for n in pair]
+    return [grid(fixed | {"clients": n}, over, 1e-3 if quick else 1e-4, rounds=ROUNDS) for n in sizes]
 
 
 def _pairs(quick: bool) -> tuple[tuple[int, int], ...]:
@@ -166,8 +164,8 @@ def _judge_parity(rows: Rows, quick: bool) -> Outcome:
         "Does it matter whether n is odd or even?", "open question",
         "bits of odd n over bits of n + 1: "
         + "; ".join(f"{o}/{e}: {s}" for (o, e), s in zip(_pairs(quick), seen, strict=True)),
-        "answered", "for even n zero lies on a border of strata and small coordinates are cheap: the exact supremum for "
-        "equal inputs is 2√d/n - 1 for d >= n², d/n² for odd n (docs/derivations/strata.md); the step is larger",
+        "answered", "for even n zero lies on a border of strata, small coordinates are cheap, and the exact supremum "
+        "for equal inputs is 2√d/n - 1 for d >= n²; d/n² for odd n (docs/derivations/strata.md); the step is larger",
     )  # fmt: skip
     header = ("odd n", "even n", "A odd", "A even", "d/n² odd", "kbit odd", "kbit even", "odd / even")
     return Outcome((finding,), (Listing(f"One-bit CQ with own scales, L± = 0, d = {d}", header, tuple(listing)),))
@@ -242,5 +240,6 @@ PARITY = Reproduction(
 )  # fmt: skip
 STABILITY = Reproduction(
     "cq-stability", "How far above theory a step stays stable", PAPER,
-    "Multiples 2⁰, 2^½, ... 2⁵ of every method's own theory step, quadratics with noise s.", _judge_stability, _stability_grids,
+    "Multiples 2⁰, 2^½, ... 2⁵ of every method's own theory step, quadratics with noise s.",
+    _judge_stability, _stability_grids,
 )  # fmt: skip

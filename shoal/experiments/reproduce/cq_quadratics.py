@@ -94,8 +94,8 @@ def _judge_zero(rows: Rows, quick: bool) -> Outcome:
             "the one-bit error falls like 1/n² where clients agree, that of independent bits like 1/n",
         ),
         Finding(
-            "CQ does not beat PermK once n > 32: its bit is 1/32 of a dense round, PermK's share is 1/n", "our derivation",
-            "CQ / PermK = " + "; ".join(f"n = {n}: {perms[n]}" for n in sizes),
+            "CQ does not beat PermK once n > 32: its bit is 1/32 of a dense round, PermK's share is 1/n",
+            "our derivation", "CQ / PermK = " + "; ".join(f"n = {n}: {perms[n]}" for n in sizes),
             better([perms[n].beats() for n in big]), "with L± = 0 PermK has no error at all, whatever n",
         ),
     )  # fmt: skip

@@ -87,8 +87,8 @@ def _judge(rows: Rows, quick: bool) -> Outcome:
             "With tuned steps PermK is the best of the three where L± is small", "remembered",
             f"RandK / PermK: {_said(over['RandK'])}; TopK / PermK: {_said(over['TopK'])}",
             better([over[name][s].beats() for name in over for s in small]),
-            "powers of two times each method's own theory step; EF21's messages carry their indices. x⁰ has one nonzero "
-            "coordinate, and a tridiagonal matrix spreads it slowly: TopK with K = d/10 loses little of such gradients",
+            "powers of two times each method's own theory step; EF21's messages carry their indices. x⁰ has one "
+            "nonzero coordinate, and a tridiagonal matrix spreads it slowly: TopK with K = d/10 loses little",
         ),
         Finding(
             "EF21 with TopK catches up as L± grows", "remembered",
