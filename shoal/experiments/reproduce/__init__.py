@@ -16,7 +16,7 @@ REPRODUCTIONS = {
         cq_checks.PARITY,
         cq_checks.STABILITY,
         cq_logistic.LOGISTIC,
-        permk.QUADRATICS,
+        *permk.QUADRATICS,
         marina.CLASSIFICATION,
     )
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,7 +143,8 @@ def _judge_heterogeneity(rows: Rows, quick: bool) -> Outcome:
 # ------------------------------------------------------------------------------------------------ parity
 def _parity_grids(quick: bool, data: Sequence[Path]) -> list[Grid]:
     d = 128 if quick else 1024
-    fixed, over = {"name": "quadratics", "dim": d, "noise": 0.0, "lam": 1e-6}, {"method": [CQ], "seed": seeds(quick, 6)}
+    fixed = {"name": "quadratics", "dim": d, "noise": 0.0, "lam": 1e-6}
+    over: dict[str, list[Any]] = {"method": [CQ], "seed": seeds(quick, 6)}
     sizes = [n for pair in _pairs(quick) for n in pair]
     return [grid(fixed | {"clients": n}, over, 1e-3 if quick else 1e-4, rounds=ROUNDS) for n in sizes]
 
