@@ -15,8 +15,8 @@ from shoal.kernels import reference
 
 NAMES = {
     shoal: [
-        "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Composed", "Correlated", "Dense", "Diana",
-        "Drive", "Eden", "Grid", "Independent", "Marina", "MeanEstimate", "Natural", "NaturalDithering",
+        "DCGD", "EF21", "GD", "QSGD", "Autoencoder", "Bernoulli", "Classification", "Composed", "Correlated", "Dense",
+        "Diana", "Drive", "Eden", "Grid", "Independent", "Marina", "MeanEstimate", "Natural", "NaturalDithering",
         "PerLayer", "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary",
         "TopK", "mean_estimation", "simulate",
     ],
@@ -25,7 +25,7 @@ NAMES = {
         "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled", "Sign", "Ternary", "TopK",
     ],
     methods: ["DCGD", "EF21", "GD", "Diana", "Marina"],
-    problems: ["Classification", "Quadratics", "measured_pm"],
+    problems: ["Autoencoder", "Classification", "Quadratics", "estimated", "measured_pm"],
     errors: [
         "BadMagic", "CheckpointCorrupt", "CheckpointError", "ChecksumError", "ConfigError", "ConfigMismatch",
         "DataError", "LengthError", "NonFiniteError", "PayloadError", "ResumeMismatch",
