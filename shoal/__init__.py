@@ -31,7 +31,7 @@ from shoal.errors import ShoalError
 from shoal.experiments.mean import MeanEstimate, mean_estimation
 from shoal.experiments.run import Run, simulate
 from shoal.methods import DCGD, EF21, GD, Diana, Marina
-from shoal.problems import Autoencoder, Classification, Quadratics
+from shoal.problems import Autoencoder, Classification, Module, Quadratics
 
 try:
     __version__ = version("shoal")
@@ -40,7 +40,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 __all__ = [
     "DCGD", "EF21", "GD", "QSGD", "Autoencoder", "Bernoulli", "Classification", "Composed", "Correlated", "Dense",
-    "Diana", "Drive", "Eden", "Grid", "Independent", "Marina", "MeanEstimate", "Natural", "NaturalDithering",
+    "Diana", "Drive", "Eden", "Grid", "Independent", "Marina", "MeanEstimate", "Module", "Natural", "NaturalDithering",
     "PerLayer", "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK",
     "mean_estimation", "simulate",
 ]  # fmt: skip

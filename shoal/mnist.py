@@ -43,6 +43,25 @@ def labels(folder: str | Path, part: str = "train") -> NDArray[np.uint8]:
     return _read(folder, f"{_checked(part)}-labels-idx1-ubyte", ())
 
 
+def writers(folder: str | Path) -> NDArray[np.int64]:
+    """(60000,): who wrote each training digit, 539 people in all, from QMNIST's `qmnist-train-labels-idx2-int`.
+
+    That file has eight int32 a row: the digit, then NIST's series, the writer, and more. Raises DataError where it is
+    absent, or where its digits are not those of the labels beside it.
+    """
+    there = Path(folder).expanduser()
+    name = "qmnist-train-labels-idx2-int"
+    path = _find(there, name)
+    if path is None:
+        raise DataError(
+            f"{there} holds no {name} (nor .xz, .gz, .bz2): take it from the repository of arXiv:1905.10498."
+        )
+    table = idx(_bytes(path), str(path))
+    if table.ndim != 2 or table.shape[1] < 3 or not np.array_equal(table[:, 0], labels(folder)):
+        raise DataError(f"{path}: its first column is not MNIST's training labels; the rows would be other images.")
+    return table[:, 2].astype(np.int64)
+
+
 def fetch(folder: str | Path, source: str = SOURCE) -> list[Path]:
     """Download what is missing of MNIST's four files (11 MB), check their SHA-256, and write them; the paths.
 
@@ -99,13 +118,17 @@ def _read(folder: str | Path, name: str, shape: tuple[int, ...]) -> NDArray:
             f"{there} holds no {name} (nor .xz, .gz, .bz2): give the folder of MNIST's files, "
             f"or download them with: shoal.mnist.fetch({str(there)!r})."
         )
-    try:
-        with OPENERS.get(path.suffix, open)(path, "rb") as stream:
-            raw = stream.read()
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as broken:
-        raise DataError(f"{path}: the file cannot be read ({broken}).") from broken
+    raw = _bytes(path)
     _check_sum(raw, name, str(path))
     return idx(raw, str(path))
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        with OPENERS.get(path.suffix, open)(path, "rb") as stream:
+            return bytes(stream.read())
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as broken:
+        raise DataError(f"{path}: the file cannot be read ({broken}).") from broken
 
 
 def _check_sum(raw: bytes, name: str, where: str) -> None:

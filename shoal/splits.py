@@ -92,3 +92,10 @@ def similar(rows: int, n: int, similarity: float, seed: int = 0) -> list[Part]:
     size = rows // (n + 1)
     shared, *own = rng.permutation(rows)[: size * (n + 1)].reshape(n + 1, size)
     return [np.where(rng.random(size) < similarity, shared, part).astype(np.int64) for part in own]
+
+
+def by_key(keys: NDArray) -> list[Part]:
+    """Natural clients: one part, ascending, for each distinct key (a writer, a hospital), in the keys' own order."""
+    _, which = np.unique(keys, return_inverse=True)
+    order = np.argsort(which, kind="stable").astype(np.int64)
+    return np.split(order, np.cumsum(np.bincount(which))[:-1])

@@ -6,16 +6,18 @@ import gzip
 import hashlib
 import lzma
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from shoal import mnist, simulate, splits
 from shoal.errors import ConfigError, DataError
 from shoal.experiments.spec import ProblemSpec
-from shoal.problems import Autoencoder, estimated
+from shoal.problems import Autoencoder, Module, estimated
 
 WIDTH = 5  # the kernels are compiled for each width: one is enough, if it is no multiple of 4
 
@@ -240,6 +242,32 @@ def test_a_download_is_checked_and_says_so_offline(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="not MNIST's bytes"):
         mnist.fetch(tmp_path / "other", f"{there.as_uri()}/")
     assert not list((tmp_path / "other").iterdir())
+
+
+def test_writers_are_natural_clients(tmp_path, monkeypatch):
+    small_mnist(tmp_path, monkeypatch)
+    digits = mnist.labels(tmp_path)
+    table = np.zeros((60, 8), ">i4")
+    table[:, 0], table[:, 2] = digits, np.arange(60) % 7 + 3000
+    head = bytes([0, 0, 12, 2]) + (60).to_bytes(4, "big") + (8).to_bytes(4, "big")
+    with pytest.raises(DataError, match="holds no qmnist"):
+        mnist.writers(tmp_path)
+    with gzip.open(tmp_path / "qmnist-train-labels-idx2-int.gz", "wb") as stream:
+        stream.write(head + table.tobytes())
+    parts = splits.by_key(mnist.writers(tmp_path))
+    assert [part.tolist() for part in parts] == [list(range(k, 60, 7)) for k in range(7)]
+    images = torch.from_numpy(mnist.images(tmp_path).copy()).float()[:, None] / 255
+    targets = torch.from_numpy(digits.astype(np.int64))
+    small = nn.Sequential(nn.Conv2d(1, 2, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10))
+    cross = partial(nn.functional.cross_entropy, reduction="none")
+    problem = Module(small, [(images[part], targets[part]) for part in parts], cross, "digits by writer")
+    run = simulate(problem, "EF21(TopK(20))", rounds=10, step=0.2)
+    assert run.rows[-1].value < run.rows[0].value
+    table[0, 0] += 1
+    with gzip.open(tmp_path / "qmnist-train-labels-idx2-int.gz", "wb") as stream:
+        stream.write(head + table.tobytes())
+    with pytest.raises(DataError, match="other images"):
+        mnist.writers(tmp_path)
 
 
 @pytest.mark.slow

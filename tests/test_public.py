@@ -16,16 +16,16 @@ from shoal.kernels import reference
 NAMES = {
     shoal: [
         "DCGD", "EF21", "GD", "QSGD", "Autoencoder", "Bernoulli", "Classification", "Composed", "Correlated", "Dense",
-        "Diana", "Drive", "Eden", "Grid", "Independent", "Marina", "MeanEstimate", "Natural", "NaturalDithering",
-        "PerLayer", "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary",
-        "TopK", "mean_estimation", "simulate",
+        "Diana", "Drive", "Eden", "Grid", "Independent", "Marina", "MeanEstimate", "Module", "Natural",
+        "NaturalDithering", "PerLayer", "PermK", "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError",
+        "Sign", "Ternary", "TopK", "mean_estimation", "simulate",
     ],
     compressors: [
         "QSGD", "Bernoulli", "Composed", "Correlated", "Dense", "Drive", "Eden", "Grid", "Independent", "Natural",
         "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled", "Sign", "Ternary", "TopK",
     ],
     methods: ["DCGD", "EF21", "GD", "Diana", "Marina"],
-    problems: ["Autoencoder", "Classification", "Quadratics", "estimated", "measured_pm"],
+    problems: ["Autoencoder", "Classification", "Module", "Quadratics", "estimated", "measured_pm"],
     errors: [
         "BadMagic", "CheckpointCorrupt", "CheckpointError", "ChecksumError", "ConfigError", "ConfigMismatch",
         "DataError", "LengthError", "NonFiniteError", "PayloadError", "ResumeMismatch",
