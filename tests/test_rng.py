@@ -103,6 +103,7 @@ STREAMS = {
     "PermK.owners", "QSGD.levels", "QSGD.ties", "RandK.support", "Rotation.signs",
 }  # fmt: skip
 STREAMS |= {"Bernoulli.coin", "Natural.bits", "NaturalDithering.levels", "Ternary.levels", "Ternary.ties"}
+STREAMS |= {"Autoencoder.start", "Module.dropout", "curvature.start"}
 
 
 def strings(nodes: list[ast.expr]) -> Iterator[ast.expr]:

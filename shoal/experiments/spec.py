@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from shoal import data
+from shoal import data, heart
 from shoal.core import Problem
 from shoal.errors import ConfigError
 from shoal.experiments.expressions import known_names, parse
@@ -35,7 +35,7 @@ class Spec(BaseModel):
 
 
 class ProblemSpec(Spec):
-    """name: `quadratics`, `autoencoder`, a bundled data set, a LIBSVM file, or an expression "Quadratics(n=3)".
+    """name: quadratics, autoencoder, heart, a bundled data set, a LIBSVM file, or an expression: "Quadratics(n=3)".
 
     A field that does not apply to the problem must be left out. None stands for the problem's default.
     """
@@ -77,9 +77,14 @@ class ProblemSpec(Spec):
                     "the autoencoder needs MNIST: --data FOLDER; shoal.mnist.fetch(folder) downloads its files there."
                 )
             return Autoencoder.load(given.pop("data"), **{"n" if k == "clients" else k: v for k, v in given.items()})
+        if self.name == "heart":
+            self._refuse("heart", {"data", "lam", "loss"})
+            if "data" not in given:
+                raise ConfigError("heart needs --data FOLDER, with the four files processed.<hospital>.data.")
+            return Classification(*heart.load(given.pop("data")), **given, name="heart")
         known = self.name in data.BUNDLED or Path(self.name).expanduser().exists()
         if not known and "(" not in self.name:
-            there = ", ".join(("quadratics", "autoencoder", *data.BUNDLED))
+            there = ", ".join(("quadratics", "autoencoder", "heart", *data.BUNDLED))
             raise ConfigError(
                 f"no problem or file {self.name!r}: give {there}, the path of a LIBSVM file, or an expression."
             )

@@ -23,7 +23,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from shoal import mnist, splits
-from shoal.core import Problem, Rows, Vector
+from shoal.core import Problem, Round, Rows, Vector
 from shoal.errors import ConfigError, DataError
 from shoal.kernels import autoencoder as kernels
 from shoal.kernels.cpu.threads import LEAST, spread
@@ -101,7 +101,8 @@ class Autoencoder(Problem):
 
     def start(self) -> Vector:
         """Xavier's normal numbers, a function of the seed."""
-        return (gaussian(self.d, "Autoencoder.start", self.seed) * math.sqrt(2.0 / (self.p + self.width))).float()
+        normal = gaussian(Round.full(0, self.seed, 1).uniform(self.d, "Autoencoder.start")[0])
+        return (normal * math.sqrt(2.0 / (self.p + self.width))).float()
 
     def evaluate(self, x: Vector, clients: Tensor) -> tuple[Tensor, Rows]:
         """f_i(x) and grad f_i(x) over all of each client's rows; float64 sums, gradients rounded to float32 once."""

@@ -39,11 +39,10 @@ class Curved(Protocol):
         ...
 
 
-def gaussian(d: int, stream: str, seed: int) -> Tensor:
-    """(d,) float64: standard normal numbers, a function of the stream's name and the seed."""
-    u = Round.full(0, seed, 1).uniform(d, stream)[0].double()
+def gaussian(u: Tensor) -> Tensor:
+    """Standard normal numbers, float64, of uniform ones on the multiples of 2^-24 in [0, 1)."""
     # In the middle of its 2^-24: 0 would be minus infinity.
-    return torch.from_numpy(ndtri((u + 2.0**-25).numpy()))
+    return torch.from_numpy(ndtri((u.double() + 2.0**-25).numpy()))
 
 
 def estimated(problem: Curved, points: Sequence[Vector], rounds: int = ROUNDS) -> Smoothness:
@@ -63,7 +62,7 @@ def estimated(problem: Curved, points: Sequence[Vector], rounds: int = ROUNDS) -
 
 
 def _at(problem: Curved, x: Vector, rounds: int) -> tuple[float, float, float, float, float]:
-    start = gaussian(problem.d, "curvature.start", 0)
+    start = gaussian(Round.full(0, 0, 1).uniform(problem.d, "curvature.start")[0])
     start /= start.norm()
     minus, v = _lanczos(lambda v: _mean(problem, x, v), start, rounds)
     plus, _ = _lanczos(lambda v: _square(problem, x, v), start, rounds)

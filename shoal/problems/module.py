@@ -41,9 +41,9 @@ RECURRENT = (nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.T
 class Drawn(nn.Module):
     """In place of `nn.Dropout(p)`: the identity, or a mask out of the round that is under way."""
 
-    def __init__(self, p: float, stream: str) -> None:
+    def __init__(self, p: float, layer: str) -> None:
         super().__init__()
-        self.p, self.stream = p, stream
+        self.p, self.layer = p, layer
         self.round: Round | None = None
         self.calls = 0
 
@@ -51,7 +51,7 @@ class Drawn(nn.Module):
         """u / (1 - p) where the round's uniform numbers are at least p, else 0."""
         if self.round is None or self.p == 0.0:
             return u
-        draw = self.round.draw(f"{self.stream}.{self.calls}")
+        draw = self.round.fork(f"{self.layer}.{self.calls}").draw("Module.dropout")
         self.calls += 1  # a layer that is used twice has two masks
         kept = rng.uniform(draw, u.numel())[0].reshape(u.shape) >= self.p
         return torch.where(kept, u / (1.0 - self.p), 0.0) if self.p < 1.0 else torch.zeros_like(u)
@@ -219,7 +219,7 @@ def _without_dropout(module: nn.Module) -> nn.Module:
             raise ConfigError(f"{name}: of torch's dropouts only nn.Dropout is drawn from the round; or call eval().")
     for name, part in names:
         if type(part) is nn.Dropout:
-            drawn = Drawn(part.p, f"Module.dropout.{name}")
+            drawn = Drawn(part.p, name)
             if not name:
                 return drawn
             parent, _, last = name.rpartition(".")
