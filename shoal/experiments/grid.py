@@ -103,7 +103,8 @@ def key(spec: RunSpec) -> str:
     facts = spec.model_dump(mode="json")
     facts["method"] = compact(parse(spec.method, known_names(spec.files), Method))
     source = [] if spec.problem.name in data.BUNDLED else [spec.problem.name]
-    paths = [Path(name).expanduser() for name in (*spec.files, *source)]
+    folder = sorted(Path(spec.problem.data).expanduser().glob("*")) if spec.problem.data else []
+    paths = [*(Path(name).expanduser() for name in (*spec.files, *source)), *folder]
     facts["contents"] = [_digest(path, path.stat().st_mtime_ns) for path in paths if path.is_file()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 

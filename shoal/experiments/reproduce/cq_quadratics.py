@@ -90,15 +90,15 @@ def _judge_zero(rows: Rows, quick: bool) -> Outcome:
             "With L± = 0 MARINA needs fewer bits with CQ than with IQ, more so for larger n: min{d, 1 + d/n} against "
             "min{d, 1 + d/√n}", "abstract", "IQ / CQ = " + "; ".join(f"n = {n}: {gains[n]}" for n in sizes),
             better([gains[n].beats() for n in sizes[1:]] + [grows]),
-            "the one-bit error falls like 1/n² where clients agree, that of independent bits like 1/n; at n = 2 the best p "
-            "is 1, and both are gradient descent; that the gain grows counts where the intervals of the smallest and "
-            "the largest n are apart",
+            "the one-bit error falls like 1/n² where clients agree, that of independent bits like 1/n; at n = 2 the "
+            "best p is 1, and both are gradient descent; the gain counts as growing where the intervals of the "
+            "smallest n > 2 and the largest are apart",
         ),
         Finding(
             "Does CQ need fewer bits than PermK with L± = 0?", "open question",
             "CQ / PermK = " + "; ".join(f"n = {n}: {perms[n]}" for n in sizes), "answered",
-            "PermK's message is max(1/n, 1/d) of a dense one and has no error for n <= d, and little above; CQ's is 1/32, "
-            "and a scale: PermK is ahead up to about n = d = 32, where its message cannot become shorter, CQ beyond",
+            "PermK's message is max(1/n, 1/d) of a dense one and has no error for n <= d, and little above; CQ's is "
+            "1/32, and a scale: PermK is ahead up to about n = d = 32, where its message is shortest, CQ beyond",
         ),
     )  # fmt: skip
     return Outcome(findings, (Listing("Thousand bits a client to the target", header, tuple(listing)),))
