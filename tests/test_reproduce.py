@@ -97,6 +97,17 @@ def test_the_command(shoal, tmp_path):  # noqa: F811
     assert facts["command"] == "shoal reproduce cq-heterogeneity --quick"
 
 
+def test_files_that_do_not_come_along(tmp_path):
+    """By the beginning of their names; the report's command names them without their folder."""
+    for name in ("w8a.txt", "a9a"):
+        (tmp_path / name).write_text("".join(f"{1 - 2 * (i % 2)} {1 + i % 4}:1\n" for i in range(40)))
+    paths = [tmp_path / "w8a.txt", tmp_path / "a9a"]
+    names = [g.run["problem.name"] for g in REPRODUCTIONS["cq-logistic"].grids(True, paths)]
+    assert names == ["phishing", "mushrooms", str(paths[0])]
+    names = [g.run["problem.name"] for g in REPRODUCTIONS["marina-classification"].grids(False, paths)]
+    assert names == ["mushrooms", "phishing", str(paths[1])]
+
+
 def test_a_failed_point_gives_no_verdict(tmp_path, monkeypatch):
     def no(*args: object, **more: object) -> None:
         raise RuntimeError("no")

@@ -62,13 +62,14 @@ def test_a_key_is_of_what_is_run(tmp_path):
     assert key(base) == key(RunSpec(method=" Marina( RandK(k=3),p=0.5 )", rounds=5))
     others = [{"rounds": 6}, {"seed": 1}, {"multiple": 2.0}, {"step": 0.1}, {"every": 2}, {"bits": 9.0}, {"pl": True}]
     assert len({key(base), *(key(base.model_copy(update=change)) for change in others)}) == len(others) + 1
-    file = tmp_path / "data.txt"
-    keys = set()
+    keys, file = set(), tmp_path / "folder" / "data.txt"
+    file.parent.mkdir()
     for text in ("1 1:1\n-1 2:1\n", "1 1:1\n-1 2:3\n"):
         file.write_text(text)
-        keys.add(key(RunSpec.model_validate({"problem": {"name": str(file)}, "method": "GD()", "rounds": 5})))
+        for problem in ({"name": str(file)}, {"name": "autoencoder", "data": str(file.parent)}):
+            keys.add(key(RunSpec.model_validate({"problem": problem, "method": "GD()", "rounds": 5})))
         grid._digest.cache_clear()
-    assert len(keys) == 2
+    assert len(keys) == 4
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,8 @@ def _point(fields: Mapping[str, Any]) -> RunSpec:
 def key(spec: RunSpec) -> str:
     """16 hexadecimal digits that tell one run from another: of its settings, of its method however it is spelled, and
     of the contents of the files it reads."""
-    facts = spec.model_dump(mode="json")
+    # Without defaults: a setting that a later version adds leaves the keys of what was run before.
+    facts = spec.model_dump(mode="json", exclude_defaults=True)
     facts["method"] = compact(parse(spec.method, known_names(spec.files), Method))
     source = [] if spec.problem.name in data.BUNDLED else [spec.problem.name]
     folder = sorted(Path(spec.problem.data).expanduser().glob("*")) if spec.problem.data else []
