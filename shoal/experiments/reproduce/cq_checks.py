@@ -213,12 +213,17 @@ def _calm(row: dict) -> bool:
 def _judge_stability(rows: Rows, quick: bool) -> Outcome:
     methods, noises = list(dict.fromkeys(row["method"] for row in rows)), sorted({row["problem.noise"] for row in rows})
     found = {(m, s): stable(where(rows, method=m, problem__noise=s)) for m in methods for s in noises}
-    listing = tuple((method, *(f"{found[method, s]:.3g}" for s in noises)) for method in methods)
+    top = max(row["multiple"] for row in rows)
+
+    def named(value: float) -> str:
+        return f"{'at least ' if value == top else ''}{value:.3g}"
+
+    listing = tuple((method, *(named(found[method, s]) for s in noises)) for method in methods)
     rest = [value for (method, _), value in found.items() if method != "GD()"]
     finding = Finding(
         "How far above theory does a step stay stable?", "open question",
-        f"GD: {max(found['GD()', s] for s in noises):.3g} ×; compressed methods: {min(rest):.3g} × to "
-        f"{max(rest):.3g} ×",
+        f"GD: {named(max(found['GD()', s] for s in noises))} ×; compressed methods: {named(min(rest))} × to "
+        f"{named(max(rest))} ×",
         "answered", "powers of √2 were tried, up to 2⁵; a multiple counts when no seed diverges and all end below "
         "f(x⁰) and the first gradient norm; theory guards against the worst input, which a trajectory does not hold",
     )  # fmt: skip
