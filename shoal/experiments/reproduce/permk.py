@@ -53,7 +53,7 @@ def _grids(n: int, quick: bool, data: Sequence[Path]) -> list[Grid]:
         over["seed"] = [0] if many else seeds(quick, 3)
         relative, rounds = (1e-4, 5000) if many else (1e-6, 20_000)
         relative, rounds = (1e-4, 2000) if quick else (relative, rounds)
-        found.append(grid(problem, over, relative, rounds=rounds, every=5))
+        found.append(grid(problem, over, relative, rounds=rounds))
     return found
 
 
