@@ -194,7 +194,7 @@ class Correlated(Compressor):
             return Messages.of(self._rounded(u, r, rnd, rnd.cohort, place), rnd, d)
         part = self._split(rnd.slots, d, rnd)
         values = ops.gather(u, part.coordinates, part.pointer, -(-d // self.blocks))
-        payload = torch.zeros(len(u), self.capacity(rnd.cohort, d), dtype=torch.uint8)
+        payload = torch.zeros(len(u), self.capacity(rnd.cohort, d), dtype=torch.uint8, device=u.device)
         nbytes = self._start + (part.pointer.diff() * self._bits + 7) // 8
         for rows, (length, size) in alike(part.pointer.diff(), part.size):
             some = values[rows, :length].contiguous()
@@ -242,7 +242,7 @@ class Correlated(Compressor):
             )
         if not 0.0 <= rnd.agreed * self._gain(rnd.cohort)(0) <= FLOAT_MAX:
             raise PayloadError(f"the agreed scale {rnd.agreed!r} is not a finite number >= 0.")
-        return torch.full((m,), rnd.agreed)
+        return torch.full((m,), rnd.agreed, device=rnd.slots.device)
 
     def _read(self, payload: Tensor, d: int, rnd: Round, gain: float = 1.0) -> tuple[Tensor, Tensor]:
         """(code, scales): the bits as they are, or (m, d) numbers of grid points."""
@@ -265,24 +265,20 @@ class Correlated(Compressor):
     def _split(self, slots: Tensor, d: int, rnd: Round) -> Split:
         """Who sends what: one permutation of the clients gives the groups, and the places in them."""
         self.check(rnd.cohort, d)
-        at = self._places(slots, rnd).numpy()
-        order = rnd.permutation(d, "Correlated.coordinates").numpy()
+        at = self._places(slots, rnd).cpu().numpy()
+        order = rnd.permutation(d, "Correlated.coordinates").cpu().numpy()
         (first, size), (start, length) = cut(rnd.cohort, self.blocks), cut(d, self.blocks)
         group = np.searchsorted(first, at, side="right") - 1
         index, pointer = ranges(start[group], length[group])
-        return Split(
-            torch.from_numpy(order[index]),
-            torch.from_numpy(pointer),
-            torch.from_numpy(size[group]),
-            torch.from_numpy(at - first[group]),
-        )
+        parts = (order[index], pointer, size[group], at - first[group])
+        return Split(*(torch.as_tensor(part, device=slots.device) for part in parts))
 
     def _read_blocks(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Split]:
         """((m, longest block) values of C_i, zeros behind a shorter block; where they belong)."""
         part, n = self._split(msgs.slots, msgs.d, rnd), rnd.cohort
         lengths = part.pointer.diff()
         payload = msgs.checked(self._start + (lengths * self._bits + 7) // 8)
-        values = torch.zeros(len(payload), -(-msgs.d // self.blocks))
+        values = torch.zeros(len(payload), -(-msgs.d // self.blocks), device=payload.device)
         for rows, (length, size) in alike(lengths, part.size):
             some = payload[rows, : self._start + (length * self._bits + 7) // 8].contiguous()
             code, r = self._read(some, length, rnd, n / size)

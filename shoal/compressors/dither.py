@@ -81,7 +81,8 @@ class Independent(Unbiased):
         r = checked_scale(ops.norms(u), rnd)
         private, ties = rnd.draw("Independent.bits"), rnd.draw("Independent.ties")
         if self.levels == 2:  # encode_levels gives the same bytes, but more slowly
-            code = ops.encode_bits(u, r, private, ties, 1, torch.zeros(len(u), dtype=torch.int64), None)
+            place = torch.zeros_like(rnd.slots)
+            code = ops.encode_bits(u, r, private, ties, 1, place, None)
         else:
             code = ops.encode_levels(u, r, private, ties, self.levels)
         return Messages.of(torch.cat([as_bytes(r[:, None]), code], 1), rnd, u.shape[1])

@@ -33,6 +33,9 @@ DISTORTION = {
 }  # fmt: skip
 
 
+SIGNS = torch.tensor([-1.0, 1.0])
+
+
 @cache
 def points(bits: int) -> Tensor:
     """(2^bits,) float32, ascending: the Lloyd-Max points of N(0, 1)."""
@@ -83,7 +86,7 @@ class Turned(Conditional):
         return 4 + (padded(d) * self._bits + 7) // 8
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        u, ops, table = checked_rows(u, rnd), kernels.of(u), self._table()
+        u, ops, table = checked_rows(u, rnd), kernels.of(u), self._table().to(u.device)
         D = padded(u.shape[1])
         checked_norms(u, rnd, math.sqrt(D) * float(table[-1] / table[len(table) // 2]))
         y, square = rotate(u, type(self).__name__, rnd.slots, rnd, self.rounds), ops.dots(u, u)
@@ -101,7 +104,7 @@ class Turned(Conditional):
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         payload = msgs.checked(self.capacity(rnd.n, msgs.d))
         code = kernels.of(payload).unpack(payload[:, 4:].contiguous(), padded(msgs.d), self._bits)
-        rows = self._table()[code] * read_scale(payload)[:, None]
+        rows = self._table().to(code.device)[code] * read_scale(payload)[:, None]
         return rotate_back(rows, msgs.d, type(self).__name__, msgs.slots, rnd, self.rounds)
 
 
@@ -133,7 +136,7 @@ class Drive(Turned):
         return self.scale == "least"
 
     def _table(self) -> Tensor:
-        return torch.tensor([-1.0, 1.0])
+        return SIGNS
 
     def _alpha(self, d: int) -> float:
         """1/2 in expectation over the signs, for any u and any number of rounds; tight at two equal entries."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shoal import kernels
+from shoal.compressors.sparse import uniform_pointer
 from shoal.core import Compressor, Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats
 from shoal.theory import AB
 
@@ -56,17 +57,18 @@ class PermK(Compressor):
     def support(self, slots: Tensor, d: int, rnd: Round) -> tuple[Tensor, Tensor, int]:
         """(index, pointer, scale): the client at slots[i] sends index[pointer[i]:pointer[i+1]], times `scale`."""
         n = rnd.cohort
-        order = rnd.permutation(d, "PermK.coordinates").numpy()
+        order = rnd.permutation(d, "PermK.coordinates").cpu().numpy()
         # The block goes to a shuffled owner: with n not dividing d the blocks differ in length, and a fixed owner
         # would make C_0 biased. See docs/derivations/compressors.md.
-        owner = rnd.permutation(n, "PermK.owners").numpy()[slots.numpy()]
+        owner = rnd.permutation(n, "PermK.owners")[slots].cpu().numpy()
         if d < n:
-            return torch.from_numpy(order[owner % d]), torch.arange(len(slots) + 1), d
+            index, pointer = torch.as_tensor(order[owner % d], device=slots.device), uniform_pointer(slots, 1)
+            return index, pointer, d
         short, longer = divmod(d, n)
         start, length = owner * short + np.minimum(owner, longer), short + (owner < longer)
         pointer = np.concatenate([[0], np.cumsum(length)])
         spread = np.arange(pointer[-1]) + np.repeat(start - pointer[:-1], length)
-        return torch.from_numpy(order[spread]), torch.from_numpy(pointer), n
+        return torch.as_tensor(order[spread], device=slots.device), torch.as_tensor(pointer, device=slots.device), n
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u = checked_rows(u, rnd, gain=lambda d: min(rnd.cohort, d))

@@ -52,14 +52,14 @@ def rotate(u: Rows, stream: str, slots: Tensor, rnd: Round, rounds: int = 1) -> 
     D = padded(u.shape[1])
     y = torch.nn.functional.pad(u, (0, D - u.shape[1]))
     for step in range(rounds):
-        y = kernels.of(y).hadamard(y * _signs(stream, step, D, slots, rnd))
+        y = kernels.of(y).hadamard(y * _signs(stream, step, D, slots.to(y.device), rnd))
     return y
 
 
 def rotate_back(y: Rows, d: int, stream: str, slots: Tensor, rnd: Round, rounds: int = 1) -> Rows:
     """(m, d) float32: the inverse of `rotate`, without the padding. Raises PayloadError if the result overflows."""
     for step in reversed(range(rounds)):
-        y = kernels.of(y).hadamard(y) * _signs(stream, step, y.shape[1], slots, rnd)
+        y = kernels.of(y).hadamard(y) * _signs(stream, step, y.shape[1], slots.to(y.device), rnd)
     out = y[:, :d].contiguous()
     if len(out) and not bool((kernels.of(out).maxes(out) <= FLOAT_MAX).all()):
         raise PayloadError("a received vector overflows float32 when it is rotated back.")

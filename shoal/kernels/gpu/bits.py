@@ -23,6 +23,13 @@ def cell_scale(r: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
+def floored(z):
+    """floor(z) as int64. Triton's own floor takes denormals for zeros when it is compiled: -1e-40 would give 0."""
+    whole = z.to(tl.int64)
+    return tl.where(whole.to(tl.float32) > z, whole - 1, whole)
+
+
+@triton.jit
 def below(h, t, frac, lo, slot, index, tie, k0, k1, SIZE: tl.constexpr):
     """U < (t + frac) / 2^16, see reference._below; the second words are drawn where a coordinate of the tile ties."""
     out = h < t
@@ -58,13 +65,13 @@ def _encode_bits(
     lo = tile * SIZE
     j = lo + tl.arange(0, SIZE)
     z = (tl.load(u + i * d + j, mask=j < d, other=0.0) * tl.load(lift + i)) * tl.load(s + i)
-    cell = tl.floor(z)
+    cell = floored(z)
     strata = strata.to(tl.int64)
     at = stratum(tl.load(place + i), shifts, j, d, strata, SHIFTED)
-    t = cell.to(tl.int64) + (strata * 32768 - at * 65536)
+    t = cell + (strata * 32768 - at * 65536)
     slot = tl.load(slots + i)
     h = halves_tile(lo, slot, index, stream, k0, k1, SIZE).to(tl.int64)
-    bits = below(h, t, z - cell, lo, slot, index, tie, k0, k1, SIZE) & (j < d)
+    bits = below(h, t, z - cell.to(tl.float32), lo, slot, index, tie, k0, k1, SIZE) & (j < d)
     b = lo // 8 + tl.arange(0, SIZE // 8)
     tl.store(out + i * width + b, packed_flags(bits, SIZE), mask=b < width)
 

@@ -48,8 +48,3 @@ def inner(x: Tensor) -> Tensor:
 def constant(value: float, like: Tensor) -> Tensor:
     """(1,) float64 on the tensor's device: as a plain argument a kernel would get it in float32."""
     return torch.full((1,), value, dtype=torch.float64, device=like.device)
-
-
-def divided(x: Tensor, by: float) -> Tensor:
-    """x / by, rounded to nearest: by a number of Python's, a GPU would multiply with the reciprocal."""
-    return x / torch.full_like(x, by)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.kernels.draw import Draw
-from shoal.kernels.gpu.bits import ADDED, below, cell_scale, stratum
+from shoal.kernels.gpu.bits import ADDED, below, cell_scale, floored, stratum
 from shoal.kernels.gpu.launch import KEY, TILE, key, launch, tiles
 from shoal.kernels.gpu.packing import pack
 from shoal.kernels.gpu.philox import halves_tile, tile_of
@@ -23,9 +23,9 @@ def _encode_levels(
     lo = tile * SIZE
     j = lo + tl.arange(0, SIZE)
     z = (tl.load(u + i * d + j, mask=j < d, other=0.0) * tl.load(lift + i)) * tl.load(s + i)
-    cell = tl.floor(z)
+    cell = floored(z)
     strata = strata.to(tl.int64)
-    y = cell.to(tl.int64) + (levels.to(tl.int64) - 1) * strata * 32768
+    y = cell + (levels.to(tl.int64) - 1) * strata * 32768
     if PLACED:
         width = strata * 65536
         whole = y // width
@@ -35,7 +35,7 @@ def _encode_levels(
         whole, t = y >> 16, y & 65535
     slot = tl.load(slots + i)
     h = halves_tile(lo, slot, index, stream, k0, k1, SIZE).to(tl.int64)
-    code = whole + below(h, t, z - cell, lo, slot, index, tie, k0, k1, SIZE).to(tl.int64)
+    code = whole + below(h, t, z - cell.to(tl.float32), lo, slot, index, tie, k0, k1, SIZE).to(tl.int64)
     code = tl.minimum(tl.maximum(code, 0), levels.to(tl.int64) - 1)
     tl.store(out + i * d + j, code.to(tl.int16), mask=j < d)
 

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shoal import kernels
 from shoal.kernels.draw import Draw
 from shoal.kernels.gpu.launch import KEY, TILE, key, launch, tiles
 
@@ -88,11 +87,3 @@ def words(draw: Draw, d: int) -> Tensor:
 def halves(draw: Draw, d: int) -> Tensor:
     return _drawn(draw, d, torch.int16).view(torch.uint16)
 
-
-# Both are chains of d or k dependent steps: one core of the host runs them faster than one thread of a GPU.
-def permutation(draw: Draw, d: int) -> Tensor:
-    return kernels.cpu.permutation(draw._replace(slots=draw.slots.cpu()), d).to(draw.slots.device)
-
-
-def support(draw: Draw, d: int, k: int) -> Tensor:
-    return kernels.cpu.support(draw._replace(slots=draw.slots.cpu()), d, k).to(draw.slots.device)

@@ -35,15 +35,14 @@ def rademacher(draw: Draw, d: int) -> Tensor:
 @triton.jit
 def _stages(u, out, scale, stride, LOG: tl.constexpr, COLUMNS: tl.constexpr):
     """The butterflies with strides stride, 2 stride, ..., LOG of them: a program has 2^LOG places in its registers."""
-    size: tl.constexpr = 1 << LOG
     outer, column = tile_of(stride // COLUMNS)
-    place = tl.arange(0, size)[:, None].to(tl.int64) * stride + tl.arange(0, COLUMNS)[None, :]
-    at = outer * size * stride + column * COLUMNS + place
+    place = tl.arange(0, 1 << LOG)[:, None].to(tl.int64) * stride + tl.arange(0, COLUMNS)[None, :]
+    at = (outer << LOG) * stride + column * COLUMNS + place
     x = tl.load(u + at) * scale
     for stage in tl.static_range(LOG):
-        width: tl.constexpr = COLUMNS << stage
-        a, b = tl.split(tl.permute(tl.reshape(x, (size >> (stage + 1), 2, width)), (0, 2, 1)))
-        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (size, COLUMNS))
+        pairs = tl.reshape(x, (1 << (LOG - 1 - stage), 2, COLUMNS << stage))
+        a, b = tl.split(tl.permute(pairs, (0, 2, 1)))
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (1 << LOG, COLUMNS))
     tl.store(out + at, x)
 
 
