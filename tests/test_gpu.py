@@ -166,14 +166,16 @@ def test_compressors_have_the_same_bytes(compressor, monkeypatch):
         sent = compressor.encode(there(u), rnd)
         decoded, mean = compressor.decode(sent, rnd), compressor.aggregate(sent, rnd)
     assert {sent.payload.device.type, decoded.device.type, mean.device.type} == {DEVICE}
-    assert [row[:size].cpu().numpy().tobytes() for row, size in zip(sent.payload, sent.nbytes, strict=True)] == expected[0]
+    assert [
+        row[:size].cpu().numpy().tobytes() for row, size in zip(sent.payload, sent.nbytes, strict=True)
+    ] == expected[0]
     same(expected[1], decoded.cpu())
     same(expected[2], mean.cpu())
 
 
 # ------------------------------------------------------------------------------------------------ devices
 class Devices(TorchFunctionMode):
-    """Fails where a tensor is made without saying on which device, or read by numpy without being brought to the CPU."""
+    """Fails where a tensor is made on a device not named, or read by numpy without being brought to the CPU."""
 
     MADE = (torch.arange, torch.as_tensor, torch.empty, torch.full, torch.ones, torch.tensor, torch.zeros)
 

@@ -41,7 +41,9 @@ def _gpu() -> ModuleType:
     try:
         return import_module("shoal.kernels.gpu")  # only here: without a GPU nobody waits for Triton
     except ImportError as missing:
-        raise ConfigError('tensors on a GPU need Triton: pip install "shoal[gpu]", or move them to the CPU.') from missing
+        raise ConfigError(
+            'tensors on a GPU need Triton: pip install "shoal[gpu]", or move them to the CPU.'
+        ) from missing
 
 
 def of(tensor: Tensor) -> ModuleType:

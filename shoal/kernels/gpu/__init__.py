@@ -11,9 +11,9 @@ from typing import Any
 
 from shoal.kernels import reference
 from shoal.kernels.gpu.bits import decode_bits, encode_bits, mean_bits, sign_bits
+from shoal.kernels.gpu.hosted import hosted
 from shoal.kernels.gpu.levels import decode_levels, encode_levels, mean_levels
 from shoal.kernels.gpu.packing import pack, pack_trits, unpack, unpack_trits
-from shoal.kernels.gpu.hosted import hosted
 from shoal.kernels.gpu.philox import halves, words
 from shoal.kernels.gpu.pointwise import decode_natural, decode_natural_levels, encode_natural, encode_natural_levels
 from shoal.kernels.gpu.rotation import hadamard, rademacher

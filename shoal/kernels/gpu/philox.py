@@ -86,4 +86,3 @@ def words(draw: Draw, d: int) -> Tensor:
 
 def halves(draw: Draw, d: int) -> Tensor:
     return _drawn(draw, d, torch.int16).view(torch.uint16)
-

@@ -52,9 +52,7 @@ def hadamard(u: Tensor) -> Tensor:
     while stride == 1 or stride < d:
         stages = min((d // stride).bit_length() - 1, FIRST if stride == 1 else NEXT)
         columns = min(stride, COLUMNS)
-        launch(
-            _stages, m * d // (columns << stages), u.device, source, out, scale, stride, LOG=stages, COLUMNS=columns
-        )
+        launch(_stages, m * d // (columns << stages), u.device, source, out, scale, stride, LOG=stages, COLUMNS=columns)
         # A later pass works in place, and times 1.0 changes no bit.
         source, scale, stride = out, 1.0, max(stride << stages, 2)
     return out
