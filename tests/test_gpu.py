@@ -1,7 +1,7 @@
 """The kernels for GPUs: the reference's bytes, on a GPU where there is one, else in Triton's interpreter on the CPU.
 
-The interpreter shows that a kernel computes what it should; it cannot show what a compiler makes of it. So the kernels
-are also compiled for two GPUs, which needs none, and their code is searched for instructions that would change bits.
+The interpreter shows that a kernel computes what it should; it cannot show what a compiler makes of it. So those that
+compute with floats are also compiled for a GPU, which needs none, and their code is searched for instructions that would change bits.
 Both need Triton; without it they skip.
 """
 
@@ -238,9 +238,9 @@ def test_devices_without_kernels_are_refused(monkeypatch):
 @needs_triton
 @pytest.mark.slow
 def test_compiled_code_keeps_the_bits():
-    """For two generations of GPUs: it compiles, no product is fused with a sum, no denormal flushed, no quotient or
-    root approximated, no float added by an atomic."""
+    """It compiles, no product is fused with a sum, no denormal flushed, no quotient or root approximated, and no float
+    is added by an atomic."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, HERE / "gpu_code.py"], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, HERE / "gpu_code.py", "90"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.split()[0]) > 60, done.stdout
+    assert int(done.stdout.split()[0]) > 12, done.stdout

@@ -62,8 +62,7 @@ class PermK(Compressor):
         # would make C_0 biased. See docs/derivations/compressors.md.
         owner = rnd.permutation(n, "PermK.owners")[slots].cpu().numpy()
         if d < n:
-            index, pointer = torch.as_tensor(order[owner % d], device=slots.device), uniform_pointer(slots, 1)
-            return index, pointer, d
+            return torch.as_tensor(order[owner % d], device=slots.device), uniform_pointer(slots, 1), d
         short, longer = divmod(d, n)
         start, length = owner * short + np.minimum(owner, longer), short + (owner < longer)
         pointer = np.concatenate([[0], np.cumsum(length)])
