@@ -1,7 +1,7 @@
-"""Compile the kernels that compute with floats for a GPU that need not be there, and search for what would change bits.
+"""Compile the kernels that compute with floats for a GPU that need not be there, and search for what changes bits.
 
-`python tests/gpu_code.py 90` does it for sm_90. Prints "N kernels" and leaves with 0, or says what it found. The kernels do not run: what they are called with is turned
-into a signature, as Triton would at a launch, numbers that are 1 included, which it takes for constants.
+`python tests/gpu_code.py 90` does it for sm_90. Prints "N kernels" and leaves with 0, or says what it found. Nothing
+runs: what a kernel is called with is turned into a signature, as Triton would at a launch, where a 1 is a constant.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The kernels for GPUs: the reference's bytes, on a GPU where there is one, else in Triton's interpreter on the CPU.
 
 The interpreter shows that a kernel computes what it should; it cannot show what a compiler makes of it. So those that
-compute with floats are also compiled for a GPU, which needs none, and their code is searched for instructions that would change bits.
-Both need Triton; without it they skip.
+compute with floats are also compiled for a GPU, which needs none, and their code is searched for
+instructions that would change bits. Both need Triton; without it they skip.
 """
 
 from __future__ import annotations
