@@ -7,6 +7,7 @@ instructions that would change bits. Both need Triton; without it they skip.
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
-from test_kernels import CASES, Inputs, on_the_border, same
+from test_kernels import CASES, Inputs, on_the_border, read, same
 from torch.overrides import TorchFunctionMode
 
 from shoal import kernels
@@ -70,20 +71,72 @@ class Carried:
 def levels(ops, v):
     """As `leveled` and `rounded` of test_kernels, fewer: the interpreter takes milliseconds for what takes none."""
     place, shifts = torch.arange(v.m) % 5, torch.from_numpy(v.rng.integers(0, 5, (1, v.d)).astype(np.int32))
-    plain = [ops.encode_levels(v.u, v.r, v.private, v.tie, s) for s in (2, 15, 32767)]
-    return [*plain, ops.encode_levels(v.u, v.r, v.private, v.tie, 3, 5, place, shifts)]
+    plain = [ops.encode_levels(v.u, v.r, v.private, v.tie, s) for s in (2, 15, 300)]
+    placed = (place, shifts)
+    return [*plain, *(ops.encode_levels(v.u, v.r, v.private, v.tie, 3, 5, *placed, head) for head in (False, True))]
 
 
 def bits(ops, v):
     place, shifts = torch.arange(v.m) % 5, torch.from_numpy(v.rng.integers(0, 5, (1, v.d)).astype(np.int32))
     out = [ops.encode_bits(v.u, v.r * 0.75, v.private, v.tie, 1, torch.zeros(v.m, dtype=torch.int64), None)]
-    return [*out, *(ops.encode_bits(v.u, v.r, v.private, v.tie, 5, place, s) for s in (shifts, None))]
+    drawn = ops.encode_bits(v.u, v.r, v.private, v.tie, 1000, torch.arange(v.m), v.shared, head=True)
+    return [*out, drawn, *(ops.encode_bits(v.u, v.r, v.private, v.tie, 5, place, s) for s in (shifts, None))]
+
+
+def into(ops, v, name):
+    """A result written where the caller says: side by side, or with gaps between."""
+    out, shape = [], (v.d,) if name == "mean_bits" else (v.m, v.d)
+    arguments = (v.bytes, v.r, v.d, 7)[: 5 - len(shape)]
+    for wide in (torch.zeros(*shape), torch.zeros(*shape[:-1], 2 * v.d)[..., ::2]):
+        given = wide if ops is reference else there(wide)
+        out += [getattr(ops, name)(*arguments, out=given), back(given)]
+    return [*out, getattr(ops, name)(*arguments)]
+
+
+def offset_grid(ops, v, name):
+    out = []
+    for strata, levels, steps in ((5, 3, 9), (1000, 2, 999)):
+        place, shifts = torch.arange(v.m) % strata, torch.from_numpy(v.rng.integers(0, strata, (1, v.d)).astype("i4"))
+        offset, code = torch.from_numpy(v.rng.integers(0, 65536, v.d).astype("i4")), v.codes(levels)
+        if name == "encode_strata":
+            where = (levels, strata, place, shifts, steps, offset)
+            out.append(ops.encode_strata(v.u, v.r * 0.75, v.private, v.tie, *where))
+        else:
+            more = (7,) if name == "mean_strata" else ()
+            out.append(getattr(ops, name)(code, v.r, strata, steps, offset, *more))
+    return out
+
+
+def pointed(ops, v, name):
+    out, factor = [], 2.0 / v.r.double().clamp(min=1e-45)
+    for bits in (1, 3, 8):
+        table = torch.linspace(-2, 2, 2**bits)
+        if name == "encode_points":
+            out += ops.encode_points(v.u, factor, table)
+        else:
+            out.append(ops.decode_points(reference.pack(v.codes(2**bits), bits), v.r, table, v.d))
+    return out
 
 
 FEWER = CASES | {
+    **{
+        f"{verb}_strata": lambda ops, v, n=f"{verb}_strata": offset_grid(ops, v, n)
+        for verb in ("encode", "decode", "mean")
+    },
+    **{f"{verb}_points": lambda ops, v, n=f"{verb}_points": pointed(ops, v, n) for verb in ("encode", "decode")},
+    "decode_levels": lambda ops, v: read(lambda p, s: ops.decode_levels(p, v.r, s, v.d), v, (3, 9, 300)),
+    "mean_levels": lambda ops, v: read(lambda p, s: ops.mean_levels(p, v.r, s, v.d, 7), v, (3, 9, 300)),
+    "decode_natural_levels": lambda ops, v: read(
+        lambda p, c: ops.decode_natural_levels(p, v.r, c // 2, v.d), v, (3, 255)
+    ),
+    "mean_natural_levels": lambda ops, v: read(
+        lambda p, c: ops.mean_natural_levels(p, v.r, c // 2, v.d, 7), v, (3, 255)
+    ),
     "encode_bits": bits,
     "encode_levels": levels,
     "encode_natural_levels": lambda ops, v: [ops.encode_natural_levels(v.u, v.r, v.private, s) for s in (1, 7, 127)],
+    "decode_bits": lambda ops, v: into(ops, v, "decode_bits"),
+    "mean_bits": lambda ops, v: into(ops, v, "mean_bits"),
     "pack": lambda ops, v: [ops.pack(v.codes(2**b), b) for b in (0, 1, 3, 8, 31)],
     "unpack": lambda ops, v: [ops.unpack(reference.pack(v.codes(2**b), b), v.d, b) for b in (0, 1, 3, 8, 31)],
 }
@@ -94,7 +147,7 @@ FEWER = CASES | {
 @pytest.mark.parametrize(("shape", "scale"), [((1, 1), 1.0), ((2, 130), 1e-39), ((1, 1100), 3e38)], ids=str)
 def test_equal_bytes(name, shape, scale):
     with np.errstate(over="ignore", invalid="ignore"):
-        ours, theirs = FEWER[name](cpu, Inputs(*shape, scale)), FEWER[name](Carried(), Inputs(*shape, scale))
+        ours, theirs = FEWER[name](reference, Inputs(*shape, scale)), FEWER[name](Carried(), Inputs(*shape, scale))
     for a, b in zip(*(x if isinstance(x, list) else [x] for x in (ours, theirs)), strict=True):
         same(a, b)
 
@@ -125,8 +178,8 @@ def test_negative_denormals_have_a_floor():
 
 
 @needs_triton
-def test_rows_are_summed_run_by_run():
-    """A run of 64 coordinates in 16 lanes, then the runs in order: as numpy adds them one after the other."""
+def test_rows_are_summed_block_by_block():
+    """A block of 64 coordinates in 16 lanes, then the blocks in order: as numpy adds them one after the other."""
     from shoal.kernels.gpu.sums import sums
 
     u = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 300)).astype(np.float32)) * 1e8
@@ -134,9 +187,42 @@ def test_rows_are_summed_run_by_run():
     squares = np.zeros((3, 5, 4, 16))
     squares.reshape(3, -1)[:, :300] = u.double().numpy() ** 2
     lanes = np.add.accumulate(squares, axis=2)[:, :, -1]
-    runs = np.add.accumulate(lanes, axis=2)[:, :, -1]
-    expected = np.add.accumulate(runs, axis=1)[:, -1]
-    same(torch.from_numpy(expected.copy()), sums(there(u), there(u), span=64).cpu())
+    blocks = np.add.accumulate(lanes, axis=2)[:, :, -1]
+    expected = np.add.accumulate(blocks, axis=1)[:, -1]
+    same(torch.from_numpy(expected.copy()), sums(there(u), there(u), block=64).cpu())
+
+
+@needs_triton
+@pytest.mark.parametrize(("power", "smaller"), [(13, {}), (11, {"FIRST": 4, "NEXT": 3, "HELD": 64})], ids=str)
+def test_rotations_in_several_passes(power, smaller, monkeypatch):
+    """Of a length that is no power of two, there and back; in two passes, and, made smaller, in four."""
+    for name, value in smaller.items():
+        monkeypatch.setattr(f"shoal.kernels.gpu.rotation.{name}", value)
+    d, draws = 2**power - 5, [Inputs(1, 1, 1.0).private]
+    u = torch.from_numpy(np.random.default_rng(0).normal(size=(1, d)).astype(np.float32))
+    y = reference.rotate(u, draws, 2**power)
+    moved = [there(draw) for draw in draws]
+    same(y, gpu.rotate(there(u), moved, 2**power).cpu())
+    same(reference.rotate_back(y, draws, d), gpu.rotate_back(there(y), moved, d).cpu())
+
+
+@needs_triton
+def test_kernels_are_called_alike():
+    """By position or by name, also those that the host runs."""
+    for name in reference.__all__:
+        kernel = getattr(gpu, name)
+        if kernel.__module__ != "shoal.kernels.gpu.hosted":
+            assert [*inspect.signature(kernel).parameters] == [*inspect.signature(getattr(reference, name)).parameters]
+    v = Inputs(2, 70, 1.0)
+    same(reference.permutation(v.private, 70), gpu.permutation(draw=there(v.private), d=70).cpu())
+    code = v.codes(3)
+    coded = gpu.encode_entropy(there(code), levels=3, limit=70)
+    for ours, theirs in zip(reference.encode_entropy(code, 3, 70), back(coded), strict=True):
+        same(ours, theirs)
+    start = torch.ones(2, 7, 2)
+    factors = gpu.low_rank(u=there(v.u.reshape(2, 10, 7)), start=there(start))
+    for ours, theirs in zip(reference.low_rank(v.u.reshape(2, 10, 7), start), back(factors), strict=True):
+        same(ours, theirs)
 
 
 @needs_triton
@@ -243,4 +329,4 @@ def test_compiled_code_keeps_the_bits():
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, HERE / "gpu_code.py", "90"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.split()[0]) > 12, done.stdout
+    assert int(done.stdout.split()[0]) > 30, done.stdout

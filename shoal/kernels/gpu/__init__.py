@@ -11,13 +11,24 @@ from typing import Any
 
 from shoal.kernels import reference
 from shoal.kernels.gpu.bits import decode_bits, encode_bits, mean_bits, sign_bits
+from shoal.kernels.gpu.dealt import dealt_lengths, gather_dealt, mean_dealt, scatter_dealt
 from shoal.kernels.gpu.hosted import hosted
-from shoal.kernels.gpu.levels import decode_levels, encode_levels, mean_levels
+from shoal.kernels.gpu.levels import decode_levels, decode_trits, encode_levels, encode_trits, mean_levels, mean_trits
+from shoal.kernels.gpu.lowrank import outer
 from shoal.kernels.gpu.packing import pack, pack_trits, unpack, unpack_trits
-from shoal.kernels.gpu.philox import halves, words
-from shoal.kernels.gpu.pointwise import decode_natural, decode_natural_levels, encode_natural, encode_natural_levels
-from shoal.kernels.gpu.rotation import hadamard, rademacher
+from shoal.kernels.gpu.philox import below, halves, words
+from shoal.kernels.gpu.points import decode_points, encode_points, encode_signs
+from shoal.kernels.gpu.pointwise import (
+    decode_natural,
+    decode_natural_levels,
+    encode_natural,
+    encode_natural_levels,
+    mean_natural,
+    mean_natural_levels,
+)
+from shoal.kernels.gpu.rotation import hadamard, rademacher, rotate, rotate_back
 from shoal.kernels.gpu.sparse import gather, mean_sparse, scatter, topk
+from shoal.kernels.gpu.strata import decode_strata, encode_strata, mean_strata
 from shoal.kernels.gpu.sums import add_rows, dots, maxes, mean_abs, mean_rows, norms, square_norm
 
 __all__ = reference.__all__

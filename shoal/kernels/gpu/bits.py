@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.kernels.draw import Draw
-from shoal.kernels.gpu.launch import KEY, TILE, inner, key, launch, tiles
-from shoal.kernels.gpu.philox import halves_tile, tile_of, words_tile
+from shoal.kernels.gpu.launch import KEY, TILE, headed, inner, key, launch, tiles
+from shoal.kernels.gpu.philox import below_tile, halves_tile, tile_of, words_tile
 from shoal.kernels.reference import LIFT, TINY
 
 ADDED = 512  # coordinates a program that adds rows: each waits for its sums, so there are more of them
@@ -41,11 +41,8 @@ def below(h, t, frac, lo, slot, index, tie, k0, k1, SIZE: tl.constexpr):
 
 
 @triton.jit
-def stratum(place, shifts, j, d, strata, SHIFTED: tl.constexpr):
-    """(place + shift_j) mod strata of the coordinates j, int64: both are below strata."""
-    p = tl.zeros_like(j) + place
-    if SHIFTED:
-        p = p + tl.load(shifts + j, mask=j < d, other=0).to(tl.int64)
+def stratum(p, strata):
+    """(place + shift) mod strata of their sum, int64: both are below strata."""
     return tl.where(p >= strata, p - strata, p)
 
 
@@ -56,37 +53,53 @@ def packed_flags(flags, SIZE: tl.constexpr):
     return tl.sum(eights, axis=1).to(tl.uint8)
 
 
-@triton.jit(do_not_specialize=(*KEY, "tie", "strata"))
+GIVEN, DRAWN = 1, 2  # the shifts of the strata: a tensor, or numbers that a program draws
+
+
+@triton.jit(do_not_specialize=(*KEY, "tie", "strata", "shared_index", "shared_stream", "shared_k0", "shared_k1"))
 def _encode_bits(
-    u, lift, s, out, slots, place, shifts, d, width, across, strata, index, stream, tie, k0, k1,
-    SHIFTED: tl.constexpr, SIZE: tl.constexpr,
+    u, lift, s, out, slots, place, shifts, d, width, stride, across, strata, index, stream, tie, k0, k1, shared_index,
+    shared_stream, shared_k0, shared_k1, SHIFTED: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     i, tile = tile_of(across)
     lo = tile * SIZE
     j = lo + tl.arange(0, SIZE)
     z = (tl.load(u + i * d + j, mask=j < d, other=0.0) * tl.load(lift + i)) * tl.load(s + i)
     cell = floored(z)
+    at = tl.zeros_like(j) + tl.load(place + i)
+    if SHIFTED == 1:
+        at += tl.load(shifts + j, mask=j < d, other=0).to(tl.int64)
+    elif SHIFTED == 2:
+        lot = below_tile(lo, tl.load(shifts), strata, shared_index, shared_stream, shared_k0, shared_k1, SIZE)
+        at += lot.to(tl.int64)
     strata = strata.to(tl.int64)
-    at = stratum(tl.load(place + i), shifts, j, d, strata, SHIFTED)
-    t = cell + (strata * 32768 - at * 65536)
+    t = cell + (strata * 32768 - stratum(at, strata) * 65536)
     slot = tl.load(slots + i)
     h = halves_tile(lo, slot, index, stream, k0, k1, SIZE).to(tl.int64)
     bits = below(h, t, z - cell.to(tl.float32), lo, slot, index, tie, k0, k1, SIZE) & (j < d)
     b = lo // 8 + tl.arange(0, SIZE // 8)
-    tl.store(out + i * width + b, packed_flags(bits, SIZE), mask=b < width)
+    tl.store(out + i * stride + b, packed_flags(bits, SIZE), mask=b < width)
 
 
 def encode_bits(
-    u: Tensor, r: Tensor, private: Draw, tie: Draw, strata: int, place: Tensor, shifts: Tensor | None
+    u: Tensor,
+    r: Tensor,
+    private: Draw,
+    tie: Draw,
+    strata: int,
+    place: Tensor,
+    shifts: Tensor | Draw | None,
+    head: bool = False,
 ) -> Tensor:
-    m, d = u.shape
-    u, (lift, s), across = u.contiguous(), cell_scale(r, strata), tiles(d)
-    out = torch.empty((m, tiles(d, 8)), dtype=torch.uint8, device=u.device)
+    (m, d), across, drawn = u.shape, tiles(u.shape[1]), isinstance(shifts, Draw)
+    (lift, s), (out, body) = cell_scale(r, strata), headed(r, tiles(d, 8), head)
+    rows = (u.contiguous(), lift, s, body, private.slots.contiguous(), place.contiguous())
+    numbers = (d, body.shape[1], out.shape[1], across, strata)
     index, stream, k0, k1 = key(private)
-    rows = (u, lift, s, out, private.slots.contiguous(), place.contiguous())
-    shift = place if shifts is None else shifts.contiguous()
-    numbers = (d, out.shape[1], across, strata, index, stream, key(tie)[1], k0, k1)
-    launch(_encode_bits, m * across, u.device, *rows, shift, *numbers, SHIFTED=shifts is not None, SIZE=TILE)
+    shift = place if shifts is None else shifts.slots if drawn else shifts
+    lot = (shift.contiguous(), *numbers, index, stream, key(tie)[1], k0, k1, *key(shifts if drawn else private))
+    what = DRAWN if drawn else GIVEN if shifts is not None else 0
+    launch(_encode_bits, m * across, u.device, *rows, *lot, SHIFTED=what, SIZE=TILE)
     return out
 
 
@@ -120,14 +133,12 @@ def _decode_bits(payload, r, out, stride, d, across, SIZE: tl.constexpr):
     tl.store(out + i * d + j, signs(payload + i * stride, j, d) * tl.load(r + i), mask=j < d)
 
 
-def decode_bits(payload: Tensor, r: Tensor, d: int) -> Tensor:
-    payload = inner(payload)
-    m = len(payload)
-    out = torch.empty((m, d), device=payload.device)
-    launch(
-        _decode_bits, m * tiles(d), out.device, payload, r.contiguous(), out, payload.stride(0), d, tiles(d), SIZE=TILE
-    )
-    return out
+def decode_bits(payload: Tensor, r: Tensor, d: int, out: Tensor | None = None) -> Tensor:
+    payload, across = inner(payload), tiles(d)
+    values = torch.empty((len(payload), d), device=payload.device) if out is None else out.contiguous()
+    rows = (payload, r.contiguous(), values, payload.stride(0), d, across)
+    launch(_decode_bits, len(payload) * across, values.device, *rows, SIZE=TILE)
+    return values if out is None else out.copy_(values)  # which does nothing where they are one
 
 
 @triton.jit(do_not_specialize=("m", "cohort"))
@@ -137,12 +148,12 @@ def _mean_bits(payload, r, out, stride, m, d, cohort, SIZE: tl.constexpr):
     for i in range(m):
         total += signs(payload, j, d).to(tl.float64) * tl.load(r + i).to(tl.float64)
         payload += stride
-    tl.store(out + j, total / cohort.to(tl.float64), mask=j < d)
+    tl.store(out + j, (total / cohort.to(tl.float64)).to(tl.float32), mask=j < d)
 
 
-def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int) -> Tensor:
+def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int, out: Tensor | None = None) -> Tensor:
     payload = inner(payload)
-    out = torch.empty(d, dtype=torch.float64, device=payload.device)
-    rows = (payload, r.contiguous(), out, payload.stride(0), len(payload), d, cohort)
-    launch(_mean_bits, tiles(d, ADDED), out.device, *rows, SIZE=ADDED)
-    return out
+    mean = torch.empty(d, device=payload.device) if out is None else out.contiguous()
+    rows = (payload, r.contiguous(), mean, payload.stride(0), len(payload), d, cohort)
+    launch(_mean_bits, tiles(d, ADDED), mean.device, *rows, SIZE=ADDED)
+    return mean if out is None else out.copy_(mean)

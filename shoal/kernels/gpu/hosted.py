@@ -1,11 +1,12 @@
 """Kernels that stay on the host: their inputs are copied there, their results back.
 
-`permutation` and `support` are chains of d or k dependent steps, which one core runs faster than one thread of a GPU.
+`permutation`, `support`, `encode_entropy`, `decode_entropy` and the orthogonal columns of `low_rank` are chains of
+dependent steps, which one core runs faster than one thread of a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,20 +21,21 @@ def _moved(x: Any, device: torch.device) -> Any:
         return x.to(device)
     if isinstance(x, Draw):
         return x._replace(slots=x.slots.to(device))
-    return tuple(_moved(part, device) for part in x) if isinstance(x, tuple) else x
+    return type(x)(_moved(part, device) for part in x) if isinstance(x, tuple | list) else x
 
 
-def _devices(arguments: tuple[Any, ...]) -> Iterator[torch.device]:
+def _devices(arguments: Iterable[Any]) -> Iterator[torch.device]:
     for x in arguments:
         if isinstance(x, Tensor | Draw):
             yield x.slots.device if isinstance(x, Draw) else x.device
 
 
 def hosted(name: str) -> Callable[..., Any]:
-    """The host's kernel of this name, for tensors on any device. It takes tensors to read, none to write to."""
+    """The host's kernel of this name, for tensors on any device. They are read, and none is written to."""
 
-    def call(*arguments: Any) -> Any:
-        home = next(_devices(arguments))
-        return _moved(getattr(kernels.cpu, name)(*_moved(arguments, torch.device("cpu"))), home)
+    def call(*arguments: Any, **more: Any) -> Any:
+        home, host = next(_devices((*arguments, *more.values()))), torch.device("cpu")
+        given = {key: _moved(x, host) for key, x in more.items()}
+        return _moved(getattr(kernels.cpu, name)(*_moved(arguments, host), **given), home)
 
     return call

@@ -45,6 +45,15 @@ def inner(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def headed(r: Tensor, width: int, head: bool) -> tuple[Tensor, Tensor]:
+    """(rows of bytes, the `width` of them that are to fill): with `head`, the four bytes of r_i stand before those."""
+    start = 4 if head else 0
+    out = torch.empty((len(r), start + width), dtype=torch.uint8, device=r.device)
+    if head:
+        out[:, :4] = r.clone(memory_format=torch.contiguous_format).view(torch.uint8).reshape(-1, 4)
+    return out, out[:, start:]
+
+
 def constant(value: float, like: Tensor) -> Tensor:
     """(1,) float64 on the tensor's device: as a plain argument a kernel would get it in float32."""
     return torch.full((1,), value, dtype=torch.float64, device=like.device)

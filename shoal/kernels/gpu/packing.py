@@ -1,4 +1,8 @@
-"""Streams of b-bit numbers, and five numbers 0..2 a byte. Every byte, and every number, is one thread's own work."""
+"""Streams of b-bit numbers, and five numbers 0..2 a byte. Every byte, and every number, is one thread's own work.
+
+Numbers of at most 16 bits never stop in memory: kernels that round put them in bytes themselves (`store_packed`), and
+those that read take them from there (`field`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,40 @@ from torch import Tensor
 
 from shoal.kernels.gpu.launch import TILE, inner, launch, tiles
 from shoal.kernels.gpu.philox import tile_of
+
+
+@triton.jit
+def store_packed(out, code, left, BITS: tl.constexpr, SIZE: tl.constexpr):
+    """Store SIZE numbers < 2^BITS, zero beyond the row's end, from this byte on, where `left` bytes are left."""
+    eights = tl.reshape(code.to(tl.int32), (SIZE // 8, 8))  # eight numbers take BITS bytes
+    for t in tl.static_range(BITS):
+        up = tl.arange(0, 8)[None, :] * BITS - 8 * t
+        bits = tl.where(
+            up >= 0, eights << tl.minimum(tl.maximum(up, 0), 8), eights >> tl.minimum(tl.maximum(-up, 0), 31)
+        )
+        b = tl.arange(0, SIZE // 8) * BITS + t
+        tl.store(out + b, tl.sum(bits & 255, axis=1).to(tl.uint8), mask=b < left)
+
+
+@triton.jit
+def field(payload, left, BITS: tl.constexpr, SIZE: tl.constexpr):
+    """(SIZE,) int32: the numbers of BITS <= 16 bits from this byte on, where `left` bytes are left; zeros behind."""
+    at = tl.arange(0, SIZE) * BITS
+    value = tl.zeros((SIZE,), tl.int32)
+    for t in tl.static_range((BITS + 6) // 8 + 1):
+        b = (at >> 3) + t
+        value |= tl.load(payload + b, mask=b < left, other=0).to(tl.int32) << (8 * t)
+    return (value >> (at & 7)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def digit(payload, j, count):
+    """Digit j of a row of `count`: 0..2, or 3 where the byte is not five digits in base 3; zeros behind."""
+    byte = tl.load(payload + j // 5, mask=j < count, other=0).to(tl.int32)
+    rest = byte
+    for t in tl.static_range(4):
+        rest = tl.where(j % 5 > t, rest // 3, rest)
+    return tl.where(byte < 243, rest % 3, 3)
 
 
 @triton.jit
@@ -79,10 +117,7 @@ def pack_trits(code: Tensor) -> Tensor:
 def _unpack_trits(payload, out, stride, count, across, SIZE: tl.constexpr):
     i, tile = tile_of(across)
     j = tile * SIZE + tl.arange(0, SIZE)
-    digits = tl.load(payload + i * stride + j // 5, mask=j < count, other=0).to(tl.int32)
-    for t in tl.static_range(4):
-        digits = tl.where(j % 5 > t, digits // 3, digits)
-    tl.store(out + i * count + j, (digits % 3).to(tl.int64), mask=j < count)
+    tl.store(out + i * count + j, digit(payload + i * stride, j, count).to(tl.int64), mask=j < count)
 
 
 def unpack_trits(payload: Tensor, count: int) -> Tensor:

@@ -61,28 +61,46 @@ def tile_of(across):
     return program // across, program % across
 
 
-@triton.jit(do_not_specialize=KEY)
-def _words(out, slots, d, across, index, stream, k0, k1, HALVES: tl.constexpr, SIZE: tl.constexpr):
+@triton.jit
+def below_tile(lo, slot, n, index, stream, k0, k1, SIZE: tl.constexpr):
+    """(SIZE,) uint32: floor(word n / 2^32) of coordinates lo .. lo + SIZE - 1."""
+    w = words_tile(lo, slot, index, stream, k0, k1, SIZE)
+    return tl.umulhi(w, tl.zeros_like(w) + n.to(tl.uint32))
+
+
+@triton.jit(do_not_specialize=(*KEY, "first", "n"))
+def _words(out, slots, first, d, across, n, index, stream, k0, k1, WHAT: tl.constexpr, SIZE: tl.constexpr):
     i, tile = tile_of(across)
     j = tile * SIZE + tl.arange(0, SIZE)
-    slot = tl.load(slots + i)
-    if HALVES:
-        tl.store(out + i * d + j, halves_tile(tile * SIZE, slot, index, stream, k0, k1, SIZE).to(tl.int16), mask=j < d)
+    lo, slot = first + tile * SIZE, tl.load(slots + i)
+    if WHAT == 0:
+        tl.store(out + i * d + j, words_tile(lo, slot, index, stream, k0, k1, SIZE).to(tl.int32), mask=j < d)
+    elif WHAT == 1:
+        tl.store(out + i * d + j, halves_tile(lo, slot, index, stream, k0, k1, SIZE).to(tl.int16), mask=j < d)
     else:
-        tl.store(out + i * d + j, words_tile(tile * SIZE, slot, index, stream, k0, k1, SIZE).to(tl.int32), mask=j < d)
+        tl.store(out + i * d + j, below_tile(lo, slot, n, index, stream, k0, k1, SIZE).to(tl.int32), mask=j < d)
 
 
-def _drawn(draw: Draw, d: int, dtype: torch.dtype) -> Tensor:
+def _drawn(draw: Draw, first: int, d: int, what: int, n: int = 1) -> Tensor:
     m, across = len(draw.slots), tiles(d)
-    out = torch.empty((m, d), dtype=dtype, device=draw.slots.device)
-    drawn = (out, draw.slots.contiguous(), d, across, *key(draw))
-    launch(_words, m * across, out.device, *drawn, HALVES=dtype == torch.int16, SIZE=TILE)
+    out = torch.empty((m, d), dtype=torch.int16 if what == 1 else torch.int32, device=draw.slots.device)
+    drawn = (out, draw.slots.contiguous(), first, d, across, n, *key(draw))
+    launch(_words, m * across, out.device, *drawn, WHAT=what, SIZE=TILE)
     return out
 
 
 def words(draw: Draw, d: int) -> Tensor:
-    return _drawn(draw, d, torch.int32).view(torch.uint32)
+    return _drawn(draw, 0, d, 0).view(torch.uint32)
 
 
 def halves(draw: Draw, d: int) -> Tensor:
-    return _drawn(draw, d, torch.int16).view(torch.uint16)
+    return _drawn(draw, 0, d, 1).view(torch.uint16)
+
+
+def below(draw: Draw, d: int, n: int) -> Tensor:
+    return _drawn(draw, 0, d, 2, n)
+
+
+def below_from(draw: Draw, first: int, d: int, n: int) -> Tensor:
+    """(m, d) int32: `below` of the coordinates from `first` on, a multiple of 64."""
+    return _drawn(draw, first, d, 2, n)

@@ -1,7 +1,7 @@
 """Sums in the reference's order, norms and largest magnitudes.
 
-The lanes of a run are added side by side and each from its first coordinate to its last, so a program has RUNS runs at
-once to fill its threads with. Largest magnitudes need no order.
+The lanes of a block are added side by side and each from its first coordinate to its last, so a program has RUNS blocks
+at once to fill its threads with. Largest magnitudes need no order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from shoal.kernels import divided
 from shoal.kernels.gpu.bits import ADDED
 from shoal.kernels.gpu.launch import TILE, launch, tiles
 from shoal.kernels.gpu.philox import tile_of
-from shoal.kernels.reference import LANES
+from shoal.kernels.reference import LANES, SUM_BLOCK
 
 RUNS, STEPS = 8, 8
 
@@ -54,12 +54,10 @@ def _add_runs(parts, out, m, runs, SIZE: tl.constexpr):
     tl.store(out + i, total, mask=i < m)
 
 
-def sums(u: Tensor, v: Tensor, absolute: bool = False, span: int | None = None) -> Tensor:
-    """(m,) float64: sum_j u_ij v_ij, or sum_j |u_ij|: runs of `span` coordinates (default: the row is one) in their
-    lanes, then the runs in order."""
+def sums(u: Tensor, v: Tensor, absolute: bool = False, block: int = SUM_BLOCK) -> Tensor:
+    """(m,) float64: sum_j u_ij v_ij, or sum_j |u_ij|: blocks in their lanes, then the blocks in order."""
     m, d = u.shape
-    span = d if span is None else span
-    runs = tiles(d, span)
+    span, runs = min(d, block), tiles(d, block)
     parts = torch.empty((m, runs), dtype=torch.float64, device=u.device)
     rows = (u.contiguous(), v.contiguous(), parts, m, d, runs, span)
     constants = {"ABSOLUTE": absolute, "COUNT": RUNS, "STEPS": STEPS, "LANES": LANES}
