@@ -1,7 +1,8 @@
 """The kernels on a GPU at d = 2^27 coordinates: picoseconds a coordinate, beside a copy in the GPU's memory.
 
 One row of d coordinates, called as the library calls them, outputs allocated; `mean_bits` adds 16 rows of d bits,
-`mean_dealt` 16 rows of d/16 numbers, and both are divided by d. Timed by the GPU's own events, after a call that compiles.
+`mean_dealt` 16 rows of d/16 numbers, and both are divided by d. Timed by the GPU's own events, after a call that
+compiles.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from shoal.errors import ShoalError
 from shoal.experiments.mean import MeanEstimate, mean_estimation
 from shoal.experiments.run import Run, simulate
 from shoal.methods import DCGD, EF21, GD, Dasha, Diana, Marina, PPMarina, VRDiana, VRMarina
-from shoal.problems import Classification, Quadratics
+from shoal.problems import Autoencoder, Classification, Module, Quadratics
 
 try:
     __version__ = version("shoal")
@@ -42,8 +42,9 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Coded", "Composed", "Correlated",
+    "DCGD", "EF21", "GD", "QSGD", "Autoencoder", "Bernoulli", "Classification", "Coded", "Composed", "Correlated",
     "CorrelatedOffset", "Dasha", "Dense", "Diana", "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina",
-    "MeanEstimate", "Natural", "NaturalDithering", "PPMarina", "PerLayer", "PermK", "Quadratics", "RandK", "Rotated",
-    "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "VRDiana", "VRMarina", "mean_estimation", "simulate",
+    "MeanEstimate", "Module", "Natural", "NaturalDithering", "PPMarina", "PerLayer", "PermK", "Quadratics", "RandK",
+    "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "VRDiana", "VRMarina", "mean_estimation",
+    "simulate",
 ]  # fmt: skip
