@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -216,6 +216,12 @@ class Compressor(ABC):
 
     agrees = False  # whether `prepare` returns scalars whose maximum all clients must know before `encode`
     fixed_length = False  # whether every message is exactly `capacity` bytes long
+
+    @property
+    def evidence(self) -> Literal["proved", "numerical"]:
+        """How well omega and alpha are known: what is inside decides, where something is. (`ab` has its own word.)"""
+        inside = getattr(self, "inner", None)
+        return inside.evidence if isinstance(inside, Compressor) else "proved"
 
     def check(self, n: int, d: int) -> None:  # noqa: B027
         """Raise ConfigError if these n clients cannot compress d coordinates; called before anything runs."""

@@ -77,6 +77,11 @@ class Turned(Conditional):
                 "unbiased; nothing like them holds otherwise."
             )
 
+    @property
+    def evidence(self) -> Literal["proved", "numerical"]:
+        """The constants that `numerical` lets in were measured; alpha is proved."""
+        return "numerical" if self.numerical else "proved"
+
     def _states(self, constant: str) -> bool:
         return constant == "alpha" if self._least else self.numerical and constant != "alpha"
 

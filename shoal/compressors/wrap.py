@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -228,6 +228,11 @@ class PerLayer(Compressor):
     def fixed_length(self) -> bool:  # type: ignore[override]
         """If all layers are."""
         return all(code.fixed_length for code in self.compressors)
+
+    @property
+    def evidence(self) -> Literal["proved", "numerical"]:
+        """The weakest of the layers'."""
+        return "numerical" if any(code.evidence == "numerical" for code in self.compressors) else "proved"
 
     def _sizes(self, d: int) -> list[int]:
         rest = d - sum(size for size in self.sizes if size is not None)
