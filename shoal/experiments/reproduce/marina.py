@@ -61,8 +61,7 @@ def _judge(rows: Rows, quick: bool) -> Outcome:
             Finding(
                 f"{kind}MARINA is ahead of {kind}DIANA for every K, with theory steps", "remembered", figure,
                 better([gain.beats() for gain in gains.values()]),
-                f"{kind}DIANA is the method itself, with the step of docs/derivations; the public code of the paper "
-                "runs another method under this name, and its VR-DIANA sends workers a zero iterate",
+                "both with the steps of docs/derivations/methods.md and sampling.md, from the same bounds on the data",
             )
         )  # fmt: skip
         largest: list[bool | None] = [above(gains[n, sizes[0]], gains[n, sizes[-1]]) for n in names]
