@@ -178,9 +178,10 @@ METHODS: list[Method] = [
     EF21(TopK(3), clients=2),
     EF21(Scaled(RandK(3)), clients=4),
     PPMarina(QSGD(3), p=0.3, clients=2),
-    PPMarina(PermK(), p=0.3, clients=3, replacement=True),
+    PPMarina(PermK(), p=0.3, clients=3, odds="even"),
     PPMarina(Correlated(), p=0.3, clients=2),
     VRDiana(QSGD(3), shift=0.1),
+    PPMarina(QSGD(3), p=0.3, clients=3, odds="smoothness"),
 ]
 
 
