@@ -60,7 +60,7 @@ class Smoothness:
     each  the L_i, as well known as `max`; () where they are not stated
     plus_w, pm_w  L_{+,w} and L_{±,w} of `WeightedAB`, for the weights w = `by_smoothness(each)`
 
-    Where each client has a point of its own, x + u_i, and V = (1/n) sum ||u_i - ubar||^2 (docs/derivations/downlink.md):
+    Where clients have points of their own, x + u_i, and V = (1/n) sum ||u_i - ubar||^2 (docs/derivations/downlink.md):
     apart, together  ||(1/n) sum (grad f_i(x + u_i) - grad f_i(x))|| <= apart sqrt(V) + together ||ubar||
     """
 
@@ -101,9 +101,9 @@ class Smoothness:
             pluses.append(rho * plus**2)
             spreads.append(pm**2 + (rho - 1.0) * plus**2)
         top = max(L / (n * w) for L, w in zip(self.each or (self.max,) * n, weights, strict=True))
-        found = {"plus": math.sqrt(min(pluses)), "pm": math.sqrt(min(pluses + spreads)), "max": top}
         status: Status = "estimate" if "estimate" in (self.plus.status, self.pm.status, self.max.status) else "bound"
-        return replace(self, **{name: Constant(value, status) for name, value in found.items()})
+        plus, pm = (Constant(math.sqrt(min(squares)), status) for squares in (pluses, pluses + spreads))
+        return replace(self, plus=plus, pm=pm, max=Constant(top, status))
 
 
 def by_smoothness(each: Sequence[float]) -> tuple[float, ...]:
@@ -316,7 +316,7 @@ def gamma_points(L: Smoothness, omega: float, theta: float) -> float:
     """Gamma where clients are moved to points of their own by E||Q_i(u) - u||^2 <= omega ||u||^2 with
     E||(1/n) sum Q_i(u) - u||^2 <= theta ||u||^2 (docs/derivations/downlink.md):
 
-    min{L~^2 omega, (apart sqrt(omega - t) + together sqrt t)^2}, t = min{theta, omega together^2/(apart^2 + together^2)}.
+    min{L~^2 omega, (A sqrt(omega - t) + B sqrt t)^2}, A = apart, B = together, t = min{theta, omega B^2/(A^2 + B^2)}.
     """
     plain = L.tilde**2 * omega
     if L.apart is None or L.together is None:

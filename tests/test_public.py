@@ -17,16 +17,18 @@ NAMES = {
     shoal: [
         "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Coded", "Composed", "Correlated",
         "CorrelatedOffset", "Dasha", "Dense", "Diana", "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina",
-        "MeanEstimate", "Natural", "NaturalDithering", "PPMarina", "PerLayer", "PermK", "Quadratics", "RandK",
-        "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "VRDiana", "VRMarina", "mean_estimation",
-        "simulate",
+        "MarinaP", "MeanEstimate", "Natural", "NaturalDithering", "PPMarina", "PerLayer", "PermK", "Quadratics",
+        "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "TwoWayMarina", "VRDiana",
+        "VRMarina", "mean_estimation", "simulate",
     ],
     compressors: [
         "QSGD", "Bernoulli", "Coded", "Composed", "Correlated", "CorrelatedOffset", "Dense", "Drive", "Eden", "Grid",
         "Independent", "LowRank", "Natural", "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled",
         "Sign", "Ternary", "TopK",
     ],
-    methods: ["DCGD", "EF21", "GD", "Dasha", "Diana", "Marina", "PPMarina", "VRDiana", "VRMarina"],
+    methods: [
+        "DCGD", "EF21", "GD", "Dasha", "Diana", "Marina", "MarinaP", "PPMarina", "TwoWayMarina", "VRDiana", "VRMarina",
+    ],
     problems: ["Classification", "Quadratics", "measured_pm"],
     errors: [
         "BadMagic", "CheckpointCorrupt", "CheckpointError", "ChecksumError", "ConfigError", "ConfigMismatch",

@@ -59,11 +59,12 @@ class PPMarina(Marina):
         super().__post_init__()
         if isinstance(self.clients, bool) or not isinstance(self.clients, int) or self.clients < 1:
             raise ConfigError(f"PPMarina(clients={self.clients!r}): a number of clients is an integer, at least one.")
-        if self.odds is None or (isinstance(self.odds, str) and self.odds in ("even", "smoothness")):
-            return
-        numbers = isinstance(self.odds, tuple) and all(isinstance(q, int | float) and q > 0.0 for q in self.odds)
-        fits = numbers and abs(sum(self.odds) - 1.0) <= 1e-9  # type: ignore[arg-type]
-        if not fits or min(drawable(self.odds)[1]) == 0.0:  # type: ignore[arg-type]
+        if self.odds is None or isinstance(self.odds, str):
+            fits = self.odds in (None, "even", "smoothness")
+        else:
+            numbers = isinstance(self.odds, tuple) and all(isinstance(q, int | float) and q > 0.0 for q in self.odds)
+            fits = numbers and abs(sum(self.odds) - 1.0) <= 1e-9 and min(drawable(self.odds)[1]) > 0.0
+        if not fits:
             rule = "one number for each client, at least 2^-32, with the sum 1"
             raise ConfigError(f"PPMarina(odds={self.odds!r}): None, 'even', 'smoothness', or a tuple of {rule}.")
 

@@ -129,7 +129,7 @@ class Quadratics(Problem):
             "max": largest.max(),
             "mu": self.lam,
         }
-        weights = np.array(by_smoothness(largest))
+        weights = np.array(by_smoothness(largest.tolist()))
         second = (np.square(spectra) / weights[:, None]).sum(axis=0) / self.n**2
         exact["apart"], exact["together"] = exact["pm"], exact["minus"]
         exact["plus_w"] = math.sqrt(second.max())
