@@ -33,7 +33,20 @@ from shoal.compressors import (
 from shoal.errors import ShoalError
 from shoal.experiments.mean import MeanEstimate, mean_estimation
 from shoal.experiments.run import Run, simulate
-from shoal.methods import DCGD, EF21, GD, Dasha, Diana, Marina, MarinaP, PPMarina, TwoWayMarina, VRDiana, VRMarina
+from shoal.methods import (
+    DCGD,
+    EF21,
+    GD,
+    Dasha,
+    Diana,
+    Marina,
+    MarinaP,
+    PPMarina,
+    TwoWayEF21,
+    TwoWayMarina,
+    VRDiana,
+    VRMarina,
+)
 from shoal.problems import Classification, Quadratics
 
 try:
@@ -45,6 +58,6 @@ __all__ = [
     "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Coded", "Composed", "Correlated",
     "CorrelatedOffset", "Dasha", "Dense", "Diana", "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina",
     "MarinaP", "MeanEstimate", "Natural", "NaturalDithering", "PPMarina", "PerLayer", "PermK", "Quadratics", "RandK",
-    "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "TwoWayMarina", "VRDiana", "VRMarina",
-    "mean_estimation", "simulate",
+    "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "TwoWayEF21", "TwoWayMarina", "VRDiana",
+    "VRMarina", "mean_estimation", "simulate",
 ]  # fmt: skip

@@ -378,6 +378,23 @@ def dasha_step(
     return min(gamma, cap / (2.0 * mu)) if mu > 0.0 else gamma
 
 
+def ef21_two_way_step(L_minus: float, L_plus: float, alpha: float, down: float, mu: float = 0.0) -> tuple[float, float]:
+    """(gamma, w) of EF21 on the points of EF21-P, alpha up and `down` down (docs/derivations/downlink.md):
+
+    gamma = 1 / (L_- + X + Y), X = (1 + sqrt(1-down)) (1 + sqrt r) L_+ sqrt(beta/theta), Y = L_- sqrt r, r = beta/theta
+    of `down`; under PL every beta/theta is doubled, and gamma <= min of both theta / (2 mu). w is the weight of the
+    first mean ||g_i - grad f_i||^2 in Phi_0.
+    """
+    (theta, beta), (below, fall) = ef21_constants(alpha), ef21_constants(down)
+    twice = 2.0 if mu > 0.0 else 1.0
+    root = math.sqrt(twice * fall / below)
+    X = (1.0 + math.sqrt(1.0 - down)) * (1.0 + root) * L_plus * math.sqrt(twice * beta / theta)
+    Y = L_minus * root
+    gamma = 1.0 / (L_minus + X + Y)
+    gamma = min(gamma, min(theta, below) / (2.0 * mu)) if mu > 0.0 else gamma
+    return gamma, twice * gamma / (2.0 * theta) * (1.0 + (Y / X if X > 0.0 else 0.0))
+
+
 def ef21_constants(alpha: float) -> tuple[float, float]:
     """(theta, beta) of EF21: theta = 1 - sqrt(1-alpha), beta = (1-alpha) / (1 - sqrt(1-alpha))."""
     root = math.sqrt(1.0 - alpha)

@@ -16,14 +16,27 @@ from test_methods import SIX, descended, estimates_on, gradient, iterates, mean_
 from zoo import EQUAL, MIXED, PROBLEMS, TappedLocal, inputs, resolved, round_of, setting, trace
 
 from shoal import rng
-from shoal.compressors import QSGD, Coded, Composed, Correlated, Dense, PerLayer, PermK, RandK, Rotated, TopK
+from shoal.compressors import (
+    QSGD,
+    Coded,
+    Composed,
+    Correlated,
+    Dense,
+    PerLayer,
+    PermK,
+    RandK,
+    Rotated,
+    Scaled,
+    Sign,
+    TopK,
+)
 from shoal.core import Messages, Round, gradients_at
 from shoal.descents import Step
 from shoal.errors import ConfigError, NonFiniteError
-from shoal.methods import MarinaP, TwoWayMarina
+from shoal.methods import EF21, MarinaP, TwoWayEF21, TwoWayMarina
 from shoal.problems import Quadratics
 from shoal.runtimes import Local, rounds
-from shoal.theory import best_p, gamma_points, step_size, step_size_pl
+from shoal.theory import best_p, ef21_constants, ef21_two_way_step, gamma_points, step_size, step_size_pl
 from shoal.wire import HEADER
 
 IDS = torch.arange(5)
@@ -139,7 +152,7 @@ def test_recursion_of_two_ways(down):
     """E||g+ - mean grad f_i(w_i+)||^2 = (1-p) (||g - mean grad f_i(w_i)||^2 + omega_up/n mean E||D_i||^2), and
     mean E||D_i||^2 <= (1 + omega_down) L~^2 ||dx||^2, whatever the points."""
     x, ahead, *_ = two_points()
-    method, kinds = TwoWayMarina(RandK(3), down, p=0.25), inspect.getmodule(TwoWayMarina)
+    method, kinds = TwoWayMarina(RandK(3), downlink=down, p=0.25), inspect.getmodule(TwoWayMarina)
     w = x + 0.3 * inputs("gaussian", 5, MIXED.d)
     before = gradients_at(w, MIXED.grad, Round.full(0, 0, 5))
     server = kinds.Server(x, before.mean(0) + torch.linspace(-0.02, 0.03, MIXED.d))
@@ -168,12 +181,12 @@ def test_step_sizes(pl):
         assert found.gamma == pytest.approx(lemma(s.minus, min(Gamma, 4 * s.tilde**2), 0.2, *mu))
         assert (found.gamma == pytest.approx(1 / s.minus)) == (problem is EQUAL)
         both = (math.sqrt(3 / 5 * 5) * s.tilde + math.sqrt(min(Gamma, 4 * s.tilde**2))) ** 2
-        assert TwoWayMarina(RandK(3), PermK(), p=0.2).step_size(known).gamma == pytest.approx(
+        assert TwoWayMarina(RandK(3), downlink=PermK(), p=0.2).step_size(known).gamma == pytest.approx(
             lemma(s.minus, both, 0.2, *mu)
         )
-        same = TwoWayMarina(Dense(), PermK(), p=0.2).step_size(known)
+        same = TwoWayMarina(Dense(), downlink=PermK(), p=0.2).step_size(known)
         assert same.gamma == pytest.approx(found.gamma), "an uplink without losses costs nothing"
-        shared = TwoWayMarina(Correlated(), RandK(3), p=0.2)._constants(known)
+        shared = TwoWayMarina(Correlated(), downlink=RandK(3), p=0.2)._constants(known)
         assert shared[0].c > 0, "the scale's c max ||D_i||^2 counts n times"
         assert shared[1] >= shared[0].c * 5 * 4 * s.tilde**2
 
@@ -185,18 +198,71 @@ def test_resolved_p_of_downlinks():
         s, mu = big.smoothness(), big.smoothness().mu if pl else None
         method = MarinaP(PermK()).resolved(known)
         assert method.p == best_p(32.0 * 400, 32.0 * 20, s.minus, method.constants(known)[3], mu) < 0.5
-        both = TwoWayMarina(RandK(20), PermK()).resolved(known)
+        both = TwoWayMarina(RandK(20), downlink=PermK()).resolved(known)
         assert both.p == best_p(64.0 * 400, 2 * 32.0 * 20, s.minus, both._constants(known)[1], mu)
         assert (method.resolved(known), both.resolved(known)) == (method, both)
-    numerical = TwoWayMarina(Correlated("own", numerical=True), RandK(3), p=0.2).step_size(setting(MIXED))
+    numerical = TwoWayMarina(Correlated("own", numerical=True), downlink=RandK(3), p=0.2).step_size(setting(MIXED))
     assert numerical.evidence == "numerical"
     assert "not proved" in numerical.theorem
+
+
+# ------------------------------------------------------------------------------------------------ EF21 both ways
+@pytest.mark.parametrize("code", [TopK(3), Scaled(RandK(3)), Sign(), Rotated(TopK(3))], ids=repr)
+def test_recursions_of_ef21_both_ways(code):
+    """E||x+ - w+||^2 <= (1-down) ||x+ - w||^2, E||w+ - w||^2 <= (1 + sqrt(1-down))^2 ||x+ - w||^2, and what EF21 leaves
+    of the gradients at w+; the server and the clients know the same w."""
+    x, ahead, before, _ = two_points()
+    method, kinds = TwoWayEF21(TopK(3), downlink=code), inspect.getmodule(TwoWayEF21)
+    w, g_i = x + 0.05, 0.5 * before + 0.1
+    left, moved, u = [], [], ahead - w
+    for k in range(1, 201):
+        rnd = Round.full(k, 5, 5)
+        down, server = method.down(kinds.Server(g_i.mean(0), w), ahead, rnd)
+        assert down.shared
+        rows, worker = method.up(kinds.Worker(g_i, w), down, MIXED.grad, rnd)
+        assert torch.equal(worker.w, server.w)
+        left.append(float((ahead - worker.w).double().square().sum()))
+        moved.append(float((worker.w - w).double().square().sum()))
+        after = method.commit(worker, method.code(rnd).encode(rows, rnd), rnd)
+        target = MIXED.evaluate(worker.w, IDS)[1]
+        lost = float((target - after.g).double().square().sum(1).mean())
+        assert lost <= 0.75 * float((target - g_i).double().square().sum(1).mean()) * (1 + 1e-6)
+    far, down = float(u.double().square().sum()), code.alpha(12)
+    for values, factor in ((left, 1 - down), (moved, (1 + math.sqrt(1 - down)) ** 2)):
+        mean, error = mean_and_error(np.array(values))
+        assert mean <= factor * far * (1 + 1e-6) + error
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.02])
+def test_step_size_of_ef21_both_ways(mu):
+    """The weights of the proof exist at the step that is returned; an uncompressed downlink leaves EF21's."""
+    L, plus, twice = 1.0, 1.7, 2.0 if mu else 1.0
+    for alpha in (0.02, 0.3, 1.0):
+        for down in (0.05, 0.5, 1.0):
+            gamma, weight = ef21_two_way_step(L, plus, alpha, down, mu)
+            (theta, beta), (below, fall) = ef21_constants(alpha), ef21_constants(down)
+            kappa, r = (1 + math.sqrt(1 - down)) ** 2, twice * fall / below
+            X, Y = twice * beta / theta * plus**2 * kappa * (1 + math.sqrt(r)) ** 2, L**2 * r
+            eta, tau = math.sqrt(Y / X) if X * Y > 0 else 1e-9 if X > 0 else 1e9, 1 / math.sqrt(r) if r > 0 else 1e9
+            wG = twice * gamma * (1 + eta) / (2 * theta)
+            wW = twice * (gamma * (1 + 1 / eta) * L**2 / 2 + wG * beta * plus**2 * kappa * (1 + tau)) / below
+            keep = (1 - gamma * mu) * (1 + 1e-9)
+            assert gamma * (1 + eta) / 2 + wG * (1 - theta) <= wG * keep
+            spread = wG * beta * plus**2 * kappa
+            assert gamma * (1 + 1 / eta) * L**2 / 2 + spread * (1 + tau) + wW * (1 - below) <= wW * keep
+            if X > 0:
+                assert weight == pytest.approx(wG, rel=1e-6)
+            assert 1 / (2 * gamma) - L / 2 - spread * (1 + 1 / tau) - wW * fall >= -1e-6 / gamma
+    known = setting(MIXED, pl=mu > 0)
+    same = TwoWayEF21(TopK(3), downlink=Dense()).step_size(known).gamma
+    assert same == pytest.approx(EF21(TopK(3)).step_size(known).gamma)
+    assert TwoWayEF21(TopK(3), downlink=TopK(3)).step_size(known).gamma < same
 
 
 # ------------------------------------------------------------------------------------------------ messages
 def test_bytes_of_the_downlink():
     """By hand: 5 x 48 bytes in round 0, then 5 messages of 12; everything else as in any method."""
-    for method, up in ((MarinaP(RandK(3), p=NEVER), 48), (TwoWayMarina(RandK(2), RandK(3), p=NEVER), 8)):
+    for method, up in ((MarinaP(RandK(3), p=NEVER), 48), (TwoWayMarina(RandK(2), downlink=RandK(3), p=NEVER), 8)):
         channel = Local(5)
         for event in rounds(method, Step(0.1), MIXED, channel, seed=0):
             if event.state.index == 4:
@@ -204,6 +270,16 @@ def test_bytes_of_the_downlink():
         assert channel.meter.down == 5 * 48 + 3 * 5 * 12
         assert channel.meter.up == 5 * 48 + 3 * 5 * up
         assert channel.meter.down_framed == channel.meter.down + 4 * 5 * HEADER
+
+
+def test_one_message_for_all_of_ef21():
+    """By hand: round 0 sends x, 48 bytes, to all five; then TopK's 3 values and 3 indices of 4 bits, 14 bytes."""
+    channel = Local(5)
+    for event in rounds(TwoWayEF21(TopK(2), downlink=TopK(3), clients=2), Step(0.1), MIXED, channel, seed=0):
+        if event.state.index == 4:
+            break
+    assert channel.meter.down == 5 * 48 + 3 * 5 * 14
+    assert channel.meter.up == 4 * 2 * 9
 
 
 def test_a_client_hears_its_own_message():
@@ -245,15 +321,18 @@ def test_down_and_up_draw_different_numbers():
 # ------------------------------------------------------------------------------------------------ limits
 @pytest.mark.parametrize("problem", [MIXED, PROBLEMS[3]], ids=repr)
 def test_full_rounds_are_gradient_descent_to_the_bit(problem):
-    for method in (MarinaP(PermK(), p=1.0), TwoWayMarina(RandK(3), PermK(), p=1.0)):
+    for method in (MarinaP(PermK(), p=1.0), TwoWayMarina(RandK(3), downlink=PermK(), p=1.0)):
         assert torch.equal(iterates(method, problem, 0.25, 40), descended(problem, 0.25, 40))
     plain = descended(problem, 0.25, 40)
-    for method in (MarinaP(Dense(), p=0.3), TwoWayMarina(Dense(), Dense(), p=0.3)):  # sums of differences, to 2^-24
+    for method in (
+        MarinaP(Dense(), p=0.3),
+        TwoWayMarina(Dense(), downlink=Dense(), p=0.3),
+    ):  # sums of differences, to 2^-24
         assert (iterates(method, problem, 0.25, 40) - plain).abs().max() <= 1e-5 * max(1.0, float(plain.abs().max()))
 
 
 @pytest.mark.parametrize(
-    "method", [MarinaP(Coded(QSGD(1)), p=0.3), TwoWayMarina(Correlated(), PermK(), p=0.3)], ids=repr
+    "method", [MarinaP(Coded(QSGD(1)), p=0.3), TwoWayMarina(Correlated(), downlink=PermK(), p=0.3)], ids=repr
 )
 @pytest.mark.parametrize("problem", PROBLEMS[3:], ids=["logistic", "nonconvex"])
 def test_chunks_of_a_downlink(method, problem):
@@ -277,13 +356,16 @@ def test_refused_downlinks():
         (lambda: MarinaP(PerLayer((2, None), (RandK(1), PermK()))), "one client alone"),
         (lambda: MarinaP(RandK(3), p=0.0), "p=0.0"),
         (lambda: MarinaP(RandK(13)).check(5, 12), "1..12"),
-        (lambda: TwoWayMarina(TopK(3), PermK()), "unbiased compressor"),
-        (lambda: TwoWayMarina(RandK(3), TopK(3)), "unbiased compressor"),
-        (lambda: TwoWayMarina(RandK(3), PermK(), p=2.0), "p=2.0"),
-        (lambda: TwoWayMarina(RandK(13), PermK()).check(5, 12), "1..12"),
-        (lambda: TwoWayMarina(RandK(3), RandK(13)).check(5, 12), "1..12"),
+        (lambda: TwoWayMarina(TopK(3), downlink=PermK()), "unbiased compressor"),
+        (lambda: TwoWayMarina(RandK(3), downlink=TopK(3)), "unbiased compressor"),
+        (lambda: TwoWayMarina(RandK(3), downlink=PermK(), p=2.0), "p=2.0"),
+        (lambda: TwoWayMarina(RandK(13), downlink=PermK()).check(5, 12), "1..12"),
+        (lambda: TwoWayMarina(RandK(3), downlink=RandK(13)).check(5, 12), "1..12"),
+        (lambda: TwoWayEF21(TopK(3), downlink=RandK(3)), "TwoWayMarina"),
+        (lambda: TwoWayEF21(RandK(3), downlink=TopK(3)), "EF21 needs"),
+        (lambda: TwoWayEF21(TopK(3), downlink=TopK(13)).check(5, 12), "1..12"),
         (lambda: trace(MIXED, MarinaP(RandK(3))), "not resolved"),
-        (lambda: trace(MIXED, TwoWayMarina(RandK(3), PermK())), "not resolved"),
+        (lambda: trace(MIXED, TwoWayMarina(RandK(3), downlink=PermK())), "not resolved"),
     ):
         with pytest.raises(ConfigError, match=said):
             make()

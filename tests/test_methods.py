@@ -26,7 +26,7 @@ from shoal.core import Method, Problem, Round
 from shoal.descents import Step
 from shoal.errors import ConfigError
 from shoal.kernels import Draw, cpu
-from shoal.methods import DCGD, EF21, GD, Dasha, Diana, Marina, TwoWayMarina, VRDiana
+from shoal.methods import DCGD, EF21, GD, Dasha, Diana, Marina, TwoWayEF21, TwoWayMarina, VRDiana
 from shoal.runtimes import Local, rounds
 from shoal.theory import AB
 
@@ -190,6 +190,9 @@ def potential(method: Method, problem: Problem, gamma: float, pl: bool) -> float
         return delta + method.step_size(setting(problem, pl=pl)).constants["weight"] * squares
     if isinstance(method, Diana):  # (gamma omega / (n shift)) mean ||grad f_i(x^0) - h_i^0||^2, and h_i^0 = 0
         return delta + twice * gamma * method.compressor.omega(problem.d) / (problem.n * method.shift) * squares
+    if isinstance(method, TwoWayEF21):  # the weight of mean ||g_i^0 - grad f_i(x^0)||^2
+        step = method.step_size(setting(problem, pl=pl)).constants
+        return delta + step["weight"] * (1 - step["alpha"]) * squares
     if isinstance(method, EF21):  # gamma / (2 theta) mean ||g_i^0 - grad f_i(x^0)||^2, and g_i^0 = C(grad f_i(x^0))
         alpha = method.step_size(setting(problem)).constants["alpha"]  # of a client that may not be asked
         return delta + twice * gamma / (2 * (1 - math.sqrt(1 - alpha))) * (1 - alpha) * squares

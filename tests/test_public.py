@@ -18,8 +18,8 @@ NAMES = {
         "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Coded", "Composed", "Correlated",
         "CorrelatedOffset", "Dasha", "Dense", "Diana", "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina",
         "MarinaP", "MeanEstimate", "Natural", "NaturalDithering", "PPMarina", "PerLayer", "PermK", "Quadratics",
-        "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "TwoWayMarina", "VRDiana",
-        "VRMarina", "mean_estimation", "simulate",
+        "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "TwoWayEF21", "TwoWayMarina",
+        "VRDiana", "VRMarina", "mean_estimation", "simulate",
     ],
     compressors: [
         "QSGD", "Bernoulli", "Coded", "Composed", "Correlated", "CorrelatedOffset", "Dense", "Drive", "Eden", "Grid",
@@ -27,7 +27,8 @@ NAMES = {
         "Sign", "Ternary", "TopK",
     ],
     methods: [
-        "DCGD", "EF21", "GD", "Dasha", "Diana", "Marina", "MarinaP", "PPMarina", "TwoWayMarina", "VRDiana", "VRMarina",
+        "DCGD", "EF21", "GD", "Dasha", "Diana", "Marina", "MarinaP", "PPMarina", "TwoWayEF21", "TwoWayMarina",
+        "VRDiana", "VRMarina",
     ],
     problems: ["Classification", "Quadratics", "measured_pm"],
     errors: [

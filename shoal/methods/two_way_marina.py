@@ -8,7 +8,7 @@ directions has a recursion of one line, and the step sizes, are ours: docs/deriv
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -54,8 +54,8 @@ class TwoWayMarina(Method):
     """
 
     compressor: Compressor
-    downlink: Compressor
     p: float | None = None
+    downlink: Compressor = field(kw_only=True)
 
     def __post_init__(self) -> None:
         require(self.compressor, "ab", "TwoWayMarina", "Take RandK, PermK or another unbiased compressor.")
