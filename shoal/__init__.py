@@ -47,7 +47,7 @@ from shoal.methods import (
     VRDiana,
     VRMarina,
 )
-from shoal.problems import Classification, Quadratics
+from shoal.problems import Autoencoder, Classification, Module, Quadratics
 
 try:
     __version__ = version("shoal")
@@ -55,9 +55,9 @@ except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Coded", "Composed", "Correlated",
+    "DCGD", "EF21", "GD", "QSGD", "Autoencoder", "Bernoulli", "Classification", "Coded", "Composed", "Correlated",
     "CorrelatedOffset", "Dasha", "Dense", "Diana", "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina",
-    "MarinaP", "MeanEstimate", "Natural", "NaturalDithering", "PPMarina", "PerLayer", "PermK", "Quadratics", "RandK",
-    "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "TwoWayEF21", "TwoWayMarina", "VRDiana",
-    "VRMarina", "mean_estimation", "simulate",
+    "MarinaP", "MeanEstimate", "Module", "Natural", "NaturalDithering", "PPMarina", "PerLayer", "PermK", "Quadratics",
+    "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "TwoWayEF21", "TwoWayMarina",
+    "VRDiana", "VRMarina", "mean_estimation", "simulate",
 ]  # fmt: skip

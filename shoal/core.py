@@ -151,23 +151,24 @@ class Messages:
 
 def as_bytes(x: Tensor) -> Tensor:
     """The little-endian bytes of a contiguous (m, c) float32 tensor: (m, 4 c) uint8."""
-    flat = x.contiguous().reshape(-1)
+    x = x.contiguous()
     # A single number counts as contiguous whatever its stride, which a view as bytes does not accept.
-    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).reshape(len(x), 4 * x.shape[1])
+    return (x if x.stride(-1) == 1 else x.as_strided(x.shape, (x.shape[1], 1))).view(torch.uint8)
 
 
 def as_floats(b: Tensor) -> Tensor:
     """(m, c) float32 of (m, 4 c) bytes."""
-    flat = b.contiguous().reshape(-1)
-    if flat.storage_offset() % 4:
-        flat = flat.clone()
-    return flat.view(torch.float32).reshape(len(b), b.shape[1] // 4)
+    if not b.numel():
+        return torch.zeros(b.shape[0], b.shape[1] // 4, device=b.device)
+    b = b.contiguous()
+    aligned = b.storage_offset() % 4 == 0 and b.stride(0) % 4 == 0 and b.stride(1) == 1
+    return (b if aligned else b.clone(memory_format=torch.contiguous_format)).view(torch.float32)
 
 
 def finite_floats(b: Tensor, gain: float = 1.0) -> Tensor:
     """(m, c) float32 of received bytes. Raises PayloadError unless they stay finite when multiplied by `gain`."""
     values = as_floats(b)
-    if values.numel() and not bool((kernels.of(values).maxes(values).double() * gain <= FLOAT_MAX).all()):
+    if values.numel() and not within(kernels.of(values).maxes(values), gain):
         raise PayloadError("a value is not finite, or not once it is scaled.")
     return values
 

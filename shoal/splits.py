@@ -73,3 +73,29 @@ def fill_empty(owned: list[list[int]]) -> list[list[int]]:
             richest = max(range(len(owned)), key=lambda i: (len(owned[i]), -i))
             owned[client] = [owned[richest].pop()]
     return owned
+
+
+def similar(rows: int, n: int, similarity: float, seed: int = 0) -> list[Part]:
+    """n parts of equal size that share rows: the homogeneity split of arXiv:2110.03300 as its public code draws it.
+
+    The rows are shuffled and cut into n + 1 parts of floor(rows / (n + 1)); then the j-th row of each client's part
+    is replaced, with probability `similarity`, by the j-th row of the part left over. 0: disjoint; 1: all the same.
+    Raises ConfigError for fewer than n + 1 rows or a similarity outside [0, 1].
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1 or rows < n + 1:
+        raise ConfigError(f"n={n!r} clients for {rows} rows: n >= 1 parts and one more to share need n + 1 rows.")
+    if not 0 <= similarity <= 1:
+        raise ConfigError(f"similarity={similarity!r}: the probability of a shared row, in [0, 1].")
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise ConfigError(f"seed={seed!r}: the seed of a split is an integer that is not negative.")
+    rng = Generator(PCG64(seed))
+    size = rows // (n + 1)
+    shared, *own = rng.permutation(rows)[: size * (n + 1)].reshape(n + 1, size)
+    return [np.where(rng.random(size) < similarity, shared, part).astype(np.int64) for part in own]
+
+
+def by_key(keys: NDArray) -> list[Part]:
+    """Natural clients: one part, ascending, for each distinct key (a writer, a hospital), in the keys' own order."""
+    _, which = np.unique(keys, return_inverse=True)
+    order = np.argsort(which, kind="stable").astype(np.int64)
+    return np.split(order, np.cumsum(np.bincount(which))[:-1])

@@ -89,7 +89,8 @@ class Smoothness:
         """L_{+,w}, L_{±,w} and max L_i / (n w_i) in the places of L_+, L_± and L_max, for any positive weights.
 
         From weights v whose constants are known, with rho = max v_i / w_i: L_{+,w}^2 <= rho L_{+,v}^2 and
-        L_{±,w}^2 <= L_{±,v}^2 + (rho - 1) L_{+,v}^2. v is 1/n and `by_smoothness(each)`; the least bound counts.
+        L_{±,w}^2 <= L_{±,v}^2 + (rho - 1) L_{+,v}^2. v is 1/n and `by_smoothness(each)`. And
+        L_{+,w}^2 <= (1/n) sum L_i^2 / (n w_i). The least bound counts.
         """
         n = len(weights)
         known = [((1.0 / n,) * n, self.plus, self.pm)]
@@ -100,6 +101,8 @@ class Smoothness:
             rho = max(1.0, max(v / w for v, w in zip(base, weights, strict=True)))
             pluses.append(rho * plus**2)
             spreads.append(pm**2 + (rho - 1.0) * plus**2)
+        if self.each:
+            pluses.append(math.fsum(L**2 / (n * n * w) for L, w in zip(self.each, weights, strict=True)))
         top = max(L / (n * w) for L, w in zip(self.each or (self.max,) * n, weights, strict=True))
         status: Status = "estimate" if "estimate" in (self.plus.status, self.pm.status, self.max.status) else "bound"
         plus, pm = (Constant(math.sqrt(min(squares)), status) for squares in (pluses, pluses + spreads))

@@ -222,6 +222,9 @@ WRONG = {
             "split": ["random", ""],
             "alpha": [0, -1, math.nan],
             "seed": [-1, 0.5],
+            "data": [3],
+            "rows": [0, 1.5],
+            "similarity": [-0.1, 1.1, math.nan],
         },
     ),
     RunSpec: (
@@ -289,6 +292,8 @@ def test_specs_are_closed_frozen_and_survive_json(kind):
         ({"name": "quadratics", "split": "iid", "alpha": 1.0}, "alpha, split"),
         ({"name": "phishing", "noise": 0.1}, "noise"),
         ({"name": "phishing", "dim": 3}, "dim"),
+        ({"name": "phishing", "similarity": 0.5, "rows": 3}, "rows, similarity"),
+        ({"name": "autoencoder", "data": ".", "dim": 3, "split": "iid"}, "dim, split"),
         ({"name": "Quadratics(n=3)", "clients": 4}, "clients"),
         ({"name": "Quadratics(n=3)", "seed": 0}, "seed"),
     ],

@@ -15,11 +15,11 @@ from shoal.kernels import reference
 
 NAMES = {
     shoal: [
-        "DCGD", "EF21", "GD", "QSGD", "Bernoulli", "Classification", "Coded", "Composed", "Correlated",
+        "DCGD", "EF21", "GD", "QSGD", "Autoencoder", "Bernoulli", "Classification", "Coded", "Composed", "Correlated",
         "CorrelatedOffset", "Dasha", "Dense", "Diana", "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina",
-        "MarinaP", "MeanEstimate", "Natural", "NaturalDithering", "PPMarina", "PerLayer", "PermK", "Quadratics",
-        "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "TwoWayEF21", "TwoWayMarina",
-        "VRDiana", "VRMarina", "mean_estimation", "simulate",
+        "MarinaP", "MeanEstimate", "Module", "Natural", "NaturalDithering", "PPMarina", "PerLayer", "PermK",
+        "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "TwoWayEF21",
+        "TwoWayMarina", "VRDiana", "VRMarina", "mean_estimation", "simulate",
     ],
     compressors: [
         "QSGD", "Bernoulli", "Coded", "Composed", "Correlated", "CorrelatedOffset", "Dense", "Drive", "Eden", "Grid",
@@ -30,7 +30,7 @@ NAMES = {
         "DCGD", "EF21", "GD", "Dasha", "Diana", "Marina", "MarinaP", "PPMarina", "TwoWayEF21", "TwoWayMarina",
         "VRDiana", "VRMarina",
     ],
-    problems: ["Classification", "Quadratics", "measured_pm"],
+    problems: ["Autoencoder", "Classification", "Module", "Quadratics", "estimated", "measured_pm"],
     errors: [
         "BadMagic", "CheckpointCorrupt", "CheckpointError", "ChecksumError", "ConfigError", "ConfigMismatch",
         "DataError", "LengthError", "NonFiniteError", "PayloadError", "ResumeMismatch",

@@ -58,7 +58,7 @@ from shoal.methods import (
     VRDiana,
     VRMarina,
 )
-from shoal.problems import Classification, Quadratics
+from shoal.problems import Autoencoder, Classification, Module, Quadratics
 from shoal.runtimes import Local, rounds
 from shoal.theory import Setting
 
@@ -160,7 +160,28 @@ def classification(loss: str = "logistic", n: int = 5, rows: int = 60, d: int = 
 CONVEX = Quadratics(n=5, d=12, noise=0.05, lam=1e-1)  # every f_i is convex and has a lower bound
 MIXED = Quadratics(n=5, d=12, noise=0.8, lam=1e-1, seed=3)  # some f_i are not, and have none
 EQUAL = Quadratics(n=5, d=12, noise=0.0, lam=1e-1)  # all f_i are the same: L_± = 0
-PROBLEMS: list[Problem] = [CONVEX, MIXED, EQUAL, classification("logistic"), classification("nonconvex")]
+CODED = np.random.default_rng(4).normal(size=(30, 3)).astype(np.float32)
+CODER = Autoencoder(CODED, np.split(np.arange(30), [9, 12, 20, 28]), width=5, lam=0.1)  # its constants are estimates
+
+
+def linear(n: int = 5, d: int = 12) -> Module:
+    """A linear layer with squared errors, some rows each."""
+    rng = np.random.default_rng(5)
+    layer = torch.nn.Linear(d, 1, bias=False)
+    layer.weight.data = torch.from_numpy(rng.normal(size=(1, d)).astype(np.float32))
+    data = [(torch.from_numpy(rng.normal(size=(k, d)).astype(np.float32)), torch.ones(k)) for k in range(3, n + 3)]
+    return Module(layer, data, lambda outputs, targets: (outputs[:, 0] - targets).square(), "linear")
+
+
+PROBLEMS: list[Problem] = [
+    CONVEX,
+    MIXED,
+    EQUAL,
+    classification("logistic"),
+    classification("nonconvex"),
+    CODER,
+    linear(),
+]
 
 
 # ------------------------------------------------------------------------------------------------ methods

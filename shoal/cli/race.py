@@ -25,6 +25,8 @@ from shoal.cli.options import (
     Alpha,
     Bits,
     Clients,
+    Data,
+    DataRows,
     Dim,
     Lam,
     Loss,
@@ -32,6 +34,7 @@ from shoal.cli.options import (
     Out,
     ProblemSeed,
     Rounds,
+    Similarity,
     Split,
     Target,
     With,
@@ -69,6 +72,9 @@ def race(
     dim: Dim = None,
     noise: Noise = None,
     problem_seed: ProblemSeed = None,
+    data: Data = None,
+    rows: DataRows = None,
+    similarity: Similarity = None,
     rounds: Rounds = None,
     bits: Bits = None,
     target: Target = None,
@@ -97,7 +103,7 @@ def race(
             raise ConfigError(f"--seeds {seeds}: at least one.")
         described = {
             "clients": clients, "dim": dim, "noise": noise, "lam": lam, "loss": loss, "split": split, "alpha": alpha,
-            "seed": problem_seed,
+            "seed": problem_seed, "data": data, "rows": rows, "similarity": similarity,
         }  # fmt: skip
         changed = {
             "methods": tuple(methods) if methods else None, "rounds": rounds, "bits": bits, "target": target,

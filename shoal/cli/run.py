@@ -23,6 +23,8 @@ from shoal.cli.options import (
     Alpha,
     Bits,
     Clients,
+    Data,
+    DataRows,
     Dim,
     Lam,
     Loss,
@@ -30,6 +32,7 @@ from shoal.cli.options import (
     Out,
     ProblemSeed,
     Rounds,
+    Similarity,
     Split,
     Target,
     With,
@@ -41,7 +44,7 @@ from shoal.cli.options import (
     out_console,
     stored_spec,
 )  # fmt: skip
-from shoal.core import Method, Row
+from shoal.core import Method, Problem, Row
 from shoal.errors import ConfigError
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import digest, make_folder
@@ -71,6 +74,9 @@ def run(
     loss: Loss = None,
     lam: Lam = None,
     problem_seed: ProblemSeed = None,
+    data: Data = None,
+    rows: DataRows = None,
+    similarity: Similarity = None,
     every: Annotated[int, typer.Option(help="Measure f and ‖∇f‖² every so many rounds.")] = 1,
     chunk: Annotated[int | None, typer.Option(help="Clients at a time (memory; the bits do not depend on it).")] = None,
     with_file: With = None,
@@ -91,7 +97,7 @@ def run(
             raise ConfigError("which METHOD? For example: shoal run phishing 'Marina(Correlated())' --rounds 500")
         described = ProblemSpec.of(
             name=problem, clients=clients, dim=dim, noise=noise, lam=lam, loss=loss, split=split, alpha=alpha,
-            seed=problem_seed,
+            seed=problem_seed, data=data, rows=rows, similarity=similarity,
         )  # fmt: skip
         spec = RunSpec.of(
             problem=described, method=method, rounds=1000 if rounds is None and bits is None else rounds, bits=bits,
@@ -167,7 +173,7 @@ def _run(spec: RunSpec, out: Path, resuming: bool) -> None:
             words = f"{len(channel.shares)} ranks over gloo; this rank moved {channel.meter.moved:,} bytes"
         if not first:
             return
-        _show(run, out, words)
+        _show(run, problem, out, words)
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[norm]}"))
     with Progress(*columns, TimeElapsedColumn(), console=err_console, transient=True) as bar:
@@ -179,7 +185,7 @@ def _run(spec: RunSpec, out: Path, resuming: bool) -> None:
             if (out / "checkpoint.npz").exists():
                 fail(f"interrupted; go on with: shoal run --resume {shlex.quote(str(out))}", 130)
             fail("interrupted.", 130)
-    _show(run, out, "")
+    _show(run, problem, out, "")
     _judge(run.result(), spec)
 
 
@@ -208,13 +214,15 @@ def _follow(bar: Progress, task: TaskID, spec: RunSpec) -> Callable[[Row], None]
     return tell
 
 
-def _show(run: Run, out: Path, place: str) -> None:
+def _show(run: Run, problem: Problem, out: Path, place: str) -> None:
     last, table = run.rows[-1], Table(show_header=False, box=None, pad_edge=False)
+    L = problem.smoothness()
     used = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in run.step.constants.items()}
     lines = {
         "method": compact(run.method),
         "step size": f"{run.gamma:.6g}, theory {run.step.gamma:.6g}: {run.step.theorem}",
         "constants": ", ".join(f"{k} = {v}" for k, v in used.items() if k != "source" and v),
+        "L_± / L_+": f"{L.pm / L.plus if L.plus else 0.0:.3g} ({L.pm.status} / {L.plus.status})",
         "stopped": f"{run.stopped} after {last.round} rounds, {last.seconds:.2f} s {run.note}",
         "f": f"{last.value:.9g}",
         "‖∇f‖²": f"{last.grad_norm_sq:.6g}",

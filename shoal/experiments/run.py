@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -175,6 +175,10 @@ def prepare(
     setting = Setting(problem.n, problem.d, constants, rounds, bits, pl)
     method = method.resolved(setting)
     theory = method.step_size(setting)
+    if theory.evidence == "proved" and any(status == "estimate" for _, status in constants.facts().values()):
+        theory = replace(
+            theory, theorem=f"{theory.theorem}; L estimated, which no theorem covers", evidence="numerical"
+        )
     if step == "theory" and need_theory and theory.evidence == "none":
         raise ConfigError(
             f"{compact(method)} has no step size from theory here ({theory.theorem}); give one: step=0.1."

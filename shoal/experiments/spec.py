@@ -8,11 +8,11 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from shoal import data
+from shoal import data, heart
 from shoal.core import Problem
 from shoal.errors import ConfigError
 from shoal.experiments.expressions import known_names, parse
-from shoal.problems import Classification, Quadratics
+from shoal.problems import Autoencoder, Classification, Quadratics
 
 Positive = Field(default=None, gt=0, allow_inf_nan=False)
 
@@ -35,7 +35,7 @@ class Spec(BaseModel):
 
 
 class ProblemSpec(Spec):
-    """name: `quadratics`, a bundled data set, a LIBSVM file, or an expression such as "Quadratics(n=10, d=100)".
+    """name: quadratics, autoencoder, heart, a bundled data set, a LIBSVM file, or an expression: "Quadratics(n=3)".
 
     A field that does not apply to the problem must be left out. None stands for the problem's default.
     """
@@ -49,6 +49,9 @@ class ProblemSpec(Spec):
     split: Literal["iid", "contiguous", "label", "dirichlet"] | None = None
     alpha: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     seed: int | None = Field(default=None, ge=0)
+    data: str | None = None
+    rows: int | None = Field(default=None, ge=1)
+    similarity: float | None = Field(default=None, ge=0, le=1)
 
     def _given(self) -> dict[str, Any]:
         return {k: v for k, v in self.model_dump(exclude={"name"}).items() if v is not None}
@@ -67,9 +70,21 @@ class ProblemSpec(Spec):
             self._refuse("quadratics", {"clients", "dim", "noise", "lam", "seed"})
             names = {"clients": "n", "dim": "d"}
             return Quadratics(**{names.get(k, k): v for k, v in given.items()})
+        if self.name == "autoencoder":
+            self._refuse("autoencoder", {"clients", "data", "lam", "rows", "seed", "similarity"})
+            if "data" not in given:
+                raise ConfigError(
+                    "the autoencoder needs MNIST: --data FOLDER; shoal.mnist.fetch(folder) downloads its files there."
+                )
+            return Autoencoder.load(given.pop("data"), **{"n" if k == "clients" else k: v for k, v in given.items()})
+        if self.name == "heart":
+            self._refuse("heart", {"data", "lam", "loss"})
+            if "data" not in given:
+                raise ConfigError("heart needs --data FOLDER, with the four files processed.<hospital>.data.")
+            return Classification(*heart.load(given.pop("data")), **given, name="heart")
         known = self.name in data.BUNDLED or Path(self.name).expanduser().exists()
         if not known and "(" not in self.name:
-            there = ", ".join(("quadratics", *data.BUNDLED))
+            there = ", ".join(("quadratics", "autoencoder", "heart", *data.BUNDLED))
             raise ConfigError(
                 f"no problem or file {self.name!r}: give {there}, the path of a LIBSVM file, or an expression."
             )

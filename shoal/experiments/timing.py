@@ -76,15 +76,20 @@ def wall_seconds(call: Callable[[], Any]) -> float:
 def beside(
     call: Callable[[], Any], other: Callable[[], Any], repeat: int, *, wall: bool = False
 ) -> tuple[list[float], float]:
-    """(seconds of `repeat` calls, median of the other's time / the call's, each pair one right after the other).
+    """(seconds of `repeat` calls, the other's time / the call's).
 
-    The first pair compiles, loads and touches the pages, and is thrown away.
+    On one thread the ratio is the median over pairs, one call right after the other. By the clock it is that of the
+    least times: with several threads, what else runs on the machine delays one of them now and then, and the others
+    wait for it. The first pair compiles, loads and touches the pages, and is thrown away.
     """
     seconds, pairs = wall_seconds if wall else cpu_seconds, []
     for _ in range(repeat + 1):
         yardstick = seconds(other)
         pairs.append((seconds(call), yardstick))
-    return [t for t, _ in pairs[1:]], float(np.median([yardstick / t for t, yardstick in pairs[1:]]))
+    taken, others = (list(times) for times in zip(*pairs[1:], strict=True))
+    if wall:
+        return taken, min(others) / min(taken)
+    return taken, float(np.median([yardstick / t for t, yardstick in pairs[1:]]))
 
 
 def beside_copy(call: Callable[[], Any], floats: int, repeat: int, *, wall: bool = False) -> tuple[list[float], float]:

@@ -9,6 +9,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.lanes import MOST_STRATA, add_signs_64, bits_256, count_512, signs_64, strata_256
 from shoal.kernels.cpu.philox import TILE, copy, fill_below, fill_halves, key, word
 from shoal.kernels.cpu.threads import LEAST, spread
@@ -122,7 +123,7 @@ def encode_bits(
     head: bool = False,
 ) -> Tensor:
     (m, d), start, scales = u.shape, 4 if head else 0, r.numpy()
-    out = np.empty((m, start + (d + 7) // 8), np.uint8)
+    out = ready((m, start + (d + 7) // 8), np.uint8)
     if head:
         out[:, :4] = scales.view(np.uint8).reshape(m, 4)
     given, shared = NO_SHIFTS, NO_DRAW
@@ -168,7 +169,7 @@ def _decode_bits(payload, r, out, lo, hi, first, last):
 
 def decode_bits(payload: Tensor, r: Tensor, d: int, out: Tensor | None = None) -> Tensor:
     m = len(payload)
-    out = torch.from_numpy(np.empty((m, d), np.float32)) if out is None else out
+    out = torch.from_numpy(ready((m, d), np.float32)) if out is None else out
     args = (_rows(payload), r.numpy(), out.numpy())
     share(lambda *part: _decode_bits(*args, *part), m, d)
     return out
@@ -241,7 +242,7 @@ def _count_bits(payload, r, factor, cohort, out, lo, hi):
 
 def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int, out: Tensor | None = None) -> Tensor:
     scales, rows = r.numpy(), _rows(payload)
-    out = torch.from_numpy(np.empty(d, np.float32)) if out is None else out
+    out = torch.from_numpy(ready(d, np.float32)) if out is None else out
     mean, least = out.numpy(), max(TILE, 4 * LEAST // max(len(scales), 4))
     # With one scale a sum of ±r is r (2 count - m), exact in float64: counting gives the very bits of adding in order.
     if len(scales) and scales[0] > 0 and (scales == scales[0]).all():

@@ -10,6 +10,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.lookup import put_word, take_eight
 
 SPAN = 2560  # coordinates a tile: whole blocks of random words, whole bytes of any width and of five digits in base 3
@@ -149,7 +150,7 @@ def _unpack(payload, out, bits):
 
 
 def unpack(payload: Tensor, count: int, bits: int) -> Tensor:
-    out = np.empty((len(payload), count), np.int64)
+    out = ready((len(payload), count), np.int64)
     _unpack(payload.numpy(), out, bits)
     return torch.from_numpy(out)
 
@@ -182,6 +183,6 @@ def _unpack_fives(payload, out):
 
 
 def unpack_trits(payload: Tensor, count: int) -> Tensor:
-    out = np.empty((len(payload), count), np.int64)
+    out = ready((len(payload), count), np.int64)
     _unpack_fives(payload.numpy(), out)
     return torch.from_numpy(out)

@@ -12,6 +12,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.philox import TILE, fill_words, key, word
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.draw import Draw
@@ -67,7 +68,7 @@ def _gather(u, out, part, parts, lo, hi, slot, index, stream, k0, k1):
 
 
 def gather_dealt(u: Tensor, draw: Draw, part: Tensor, parts: int, width: int) -> Tensor:
-    out = np.empty((len(u), width), np.float32)
+    out = ready((len(u), width), np.float32)
     rows, parts_of, drawn = u.numpy(), part.numpy(), _key(draw)
     _blocks(lambda lo, hi: _gather(rows, out, parts_of, parts, lo, hi, *drawn), u.shape[1], parts)
     return torch.from_numpy(out)
@@ -97,7 +98,7 @@ def _scatter(values, out, part, parts, scale, lo, hi, slot, index, stream, k0, k
 
 
 def scatter_dealt(values: Tensor, draw: Draw, part: Tensor, parts: int, d: int, scale: float) -> Tensor:
-    out = np.empty((len(values), d), np.float32)
+    out = ready((len(values), d), np.float32)
     rows, parts_of, drawn = values.numpy(), part.numpy(), _key(draw)
     _blocks(lambda lo, hi: _scatter(rows, out, parts_of, parts, float(scale), lo, hi, *drawn), d, parts)
     return torch.from_numpy(out)
@@ -130,7 +131,7 @@ def _mean(values, out, part, parts, scale, cohort, lo, hi, slot, index, stream, 
 
 
 def mean_dealt(values: Tensor, draw: Draw, part: Tensor, parts: int, d: int, scale: float, cohort: int) -> Tensor:
-    out = np.empty(d, np.float32)
+    out = ready(d, np.float32)
     rows, parts_of, drawn = values.numpy(), part.numpy(), _key(draw)
     _blocks(lambda lo, hi: _mean(rows, out, parts_of, parts, float(scale), cohort, lo, hi, *drawn), d, parts)
     return torch.from_numpy(out)

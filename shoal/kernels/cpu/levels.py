@@ -8,6 +8,7 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.bits import NO_SHIFTS, V, cell_scale
+from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.codes import ROOM, SPAN, TRITS, pack_tile, room
 from shoal.kernels.cpu.philox import fill_halves, key, word
 from shoal.kernels.cpu.tables import decode_table, mean_table
@@ -106,7 +107,7 @@ def _encoded(
     shifts: np.ndarray, start: int,
 ) -> Tensor:  # fmt: skip
     m, d = u.shape
-    out = np.empty((m, start + room(d, bits)), np.uint8)
+    out = ready((m, start + room(d, bits)), np.uint8)
     if start:
         out[:, :start] = r.numpy().view(np.uint8).reshape(m, start)
     index, stream, k0, k1 = key(private)

@@ -11,6 +11,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.lanes import below_64, below_128, halves_128, halves_256, words_64, words_128
 from shoal.kernels.cpu.threads import spread
 from shoal.kernels.cpu.vectors import lowest
@@ -129,7 +130,7 @@ def _below(out, slots, index, stream, k0, k1, n, lo, hi):
 
 
 def words(draw: Draw, d: int) -> Tensor:
-    out, slots, keys = np.empty((len(draw.slots), d), np.uint32), draw.slots.numpy(), key(draw)
+    out, slots, keys = ready((len(draw.slots), d), np.uint32), draw.slots.numpy(), key(draw)
     spread(lambda lo, hi: _words(out, slots, *keys, lo, hi), d, TILE)
     return torch.from_numpy(out)
 
@@ -141,7 +142,7 @@ def halves(draw: Draw, d: int) -> Tensor:
 
 
 def below(draw: Draw, d: int, n: int) -> Tensor:
-    out, slots, keys = np.empty((len(draw.slots), d), np.int32), draw.slots.numpy(), key(draw)
+    out, slots, keys = ready((len(draw.slots), d), np.int32), draw.slots.numpy(), key(draw)
     spread(lambda lo, hi: _below(out, slots, *keys, n, lo, hi), d, TILE)
     return torch.from_numpy(out)
 

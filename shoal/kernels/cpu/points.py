@@ -7,6 +7,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.rotation import add_pieces
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.cpu.vectors import add_products, split_64
@@ -103,7 +104,7 @@ def _points(y, factor, edges, table, bits, out, sums, lo, hi):
 def encode_points(y: Tensor, factor: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     (m, d), rows, points, bits = y.shape, y.numpy(), table.numpy(), (len(table) - 1).bit_length()
     edges, scale = (points[1:].astype(np.float64) + points[:-1]) / 2, factor.numpy()
-    out, sums = np.empty((m, (d * bits + 7) // 8), np.uint8), np.empty((m, -(-d // SUM_BLOCK)))
+    out, sums = ready((m, (d * bits + 7) // 8), np.uint8), np.empty((m, -(-d // SUM_BLOCK)))
     spread(
         lambda lo, hi: _points(rows, scale, edges, points, bits, out, sums.reshape(-1), lo, hi),
         sums.size,
@@ -129,7 +130,7 @@ def _decode(payload, scale, table, bits, out, lo, hi):
 
 
 def decode_points(payload: Tensor, scale: Tensor, table: Tensor, d: int) -> Tensor:
-    out, bits = np.empty((len(payload), d), np.float32), (len(table) - 1).bit_length()
+    out, bits = ready((len(payload), d), np.float32), (len(table) - 1).bit_length()
     sent, r, points = payload.numpy(), scale.numpy(), table.numpy()
     spread(lambda lo, hi: _decode(sent, r, points, bits, out, lo, hi), d, 8, max(1, LEAST // max(1, len(out))))
     return torch.from_numpy(out)

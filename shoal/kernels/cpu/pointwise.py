@@ -8,6 +8,7 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.bits import pack_flags
+from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.codes import ROOM, SPAN, bytes_of, pack_tile, room, unpack_tile
 from shoal.kernels.cpu.philox import fill_words, key
 from shoal.kernels.cpu.sums import added_lanes, block_sums
@@ -82,7 +83,7 @@ def _encode_natural(bits, out, slots, index, stream, k0, k1, low, high):
 
 def encode_natural(u: Tensor, private: Draw) -> Tensor:
     m, d = u.shape
-    out = np.empty((m, (9 * d + 7) // 8), np.uint8)
+    out = ready((m, (9 * d + 7) // 8), np.uint8)
     arguments = (u.numpy().view(np.uint32), out, private.slots.numpy(), *key(private))
     spread(lambda low, high: _encode_natural(*arguments, low, high), m * -(-d // SPAN), least=LEAST // SPAN)
     return torch.from_numpy(out)
@@ -112,7 +113,7 @@ def _decode_natural(flat, stride, out, low, high):
 
 
 def decode_natural(payload: Tensor, d: int) -> tuple[Tensor, bool]:
-    m, out = len(payload), np.empty((len(payload), d), np.uint32)
+    m, out = len(payload), ready((len(payload), d), np.uint32)
     flat, stride = bytes_of(payload)
     found: list[bool] = []
     tiles = m * -(-d // SPAN)
@@ -138,7 +139,7 @@ def _mean_natural(flat, stride, m, out, cohort, low, high):
 
 
 def mean_natural(payload: Tensor, d: int, cohort: int) -> tuple[Tensor, bool]:
-    m, out = len(payload), np.empty(d, np.float32)
+    m, out = len(payload), ready(d, np.float32)
     flat, stride = bytes_of(payload)
     head = (flat, stride, m, out, cohort)
     found: list[bool] = []
@@ -182,7 +183,7 @@ def _encode_natural_levels(u, r, out, start, slots, index, stream, k0, k1, level
 
 def encode_natural_levels(u: Tensor, r: Tensor, private: Draw, levels: int) -> Tensor:
     (m, d), bits = u.shape, (2 * levels).bit_length()
-    out = np.empty((m, 4 + (d * bits + 7) // 8), np.uint8)
+    out = ready((m, 4 + (d * bits + 7) // 8), np.uint8)
     out[:, :4] = r.numpy().view(np.uint8).reshape(m, 4)
     head = (u.numpy(), r.numpy(), out, 4, private.slots.numpy(), *key(private), levels, 2.0 ** (levels - 1), bits)
     spread(lambda low, high: _encode_natural_levels(*head, low, high), m * -(-d // SPAN), least=LEAST // SPAN)

@@ -14,6 +14,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.philox import words
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.cpu.vectors import add_products, first_256, flip_16, radix_2, radix_4, radix_8, radix_16
@@ -133,7 +134,7 @@ def _transform(u: np.ndarray, out: np.ndarray, signs: np.ndarray | None) -> None
 
 
 def hadamard(u: Tensor) -> Tensor:
-    out = np.empty(u.shape, np.float32)
+    out = ready(u.shape, np.float32)
     _transform(u.numpy(), out, None)
     return torch.from_numpy(out)
 
@@ -143,7 +144,7 @@ def _signs(draw: Draw, size: int) -> np.ndarray:
 
 
 def rotate(u: Tensor, draws: Sequence[Draw], size: int) -> Tensor:
-    out, source = np.empty((len(u), size), np.float32), u.numpy()
+    out, source = ready((len(u), size), np.float32), u.numpy()
     for draw in draws:
         _transform(source, out, _signs(draw, size))
         source = out
@@ -162,12 +163,12 @@ def _flip(y, signs, out, lo, hi):
 
 def rotate_back(y: Tensor, draws: Sequence[Draw], d: int) -> Tensor:
     m, size = y.shape
-    turned, source, signs = np.empty((m, size), np.float32), y.numpy(), None
+    turned, source, signs = ready((m, size), np.float32), y.numpy(), None
     for draw in reversed(draws):
         # The signs that follow one transform are those in front of the next.
         _transform(source, turned, signs)
         source, signs = turned, _signs(draw, size)
-    out = turned if d == size else np.empty((m, d), np.float32)
+    out = turned if d == size else ready((m, d), np.float32)
     spread(lambda lo, hi: _flip(turned, signs, out, lo, hi), d, 16, max(1, LEAST // max(m, 1)))
     return torch.from_numpy(out)
 

@@ -7,6 +7,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.cpu.vectors import keep_16
 
@@ -21,7 +22,7 @@ def _gather(u, index, pointer, out):
 
 
 def gather(u: Tensor, index: Tensor, pointer: Tensor, width: int) -> Tensor:
-    out = np.empty((len(u), width), np.float32)
+    out = ready((len(u), width), np.float32)
     _gather(u.numpy(), index.numpy(), pointer.numpy(), out)
     return torch.from_numpy(out)
 
@@ -36,7 +37,7 @@ def _scatter(values, index, pointer, out, scale):
 
 
 def scatter(values: Tensor, index: Tensor, pointer: Tensor, d: int, scale: float) -> Tensor:
-    out = np.empty((len(values), d), np.float32)
+    out = ready((len(values), d), np.float32)
     _scatter(values.numpy(), index.numpy(), pointer.numpy(), out, float(scale))
     return torch.from_numpy(out)
 
@@ -53,7 +54,7 @@ def _mean_sparse(values, index, pointer, out, scale, cohort):
 
 
 def mean_sparse(values: Tensor, index: Tensor, pointer: Tensor, d: int, scale: float, cohort: int) -> Tensor:
-    out = np.empty(d)
+    out = ready(d, np.float64)
     _mean_sparse(values.numpy(), index.numpy(), pointer.numpy(), out, float(scale), cohort)
     return torch.from_numpy(out)
 

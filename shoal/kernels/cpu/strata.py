@@ -8,6 +8,7 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.bits import V, cell_scale
+from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.codes import pack
 from shoal.kernels.cpu.philox import TILE, fill_halves, key, word
 from shoal.kernels.draw import Draw
@@ -50,7 +51,7 @@ def encode_strata(
     steps: int,
     offset: Tensor,
 ) -> Tensor:
-    code = np.empty(u.shape, np.int64)
+    code = ready(u.shape, np.int64)
     index, stream, k0, k1 = key(private)
     _encode_strata(
         u.numpy(), r.numpy(), code, private.slots.numpy(), index, stream, np.uint64(tie.stream), k0, k1, levels, strata,
@@ -75,7 +76,7 @@ def _decode_strata(code, r, out, strata, steps, offset):
 
 
 def decode_strata(code: Tensor, r: Tensor, strata: int, steps: int, offset: Tensor) -> Tensor:
-    out = np.empty(code.shape, np.float32)
+    out = ready(code.shape, np.float32)
     _decode_strata(code.numpy(), r.numpy(), out, strata, steps, offset.numpy())
     return torch.from_numpy(out)
 

@@ -13,6 +13,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.codes import ROOM, SPAN, TRITS, bytes_of, digits_tile, room, unpack_tile
 from shoal.kernels.cpu.lookup import add_four, add_one, look_up
 from shoal.kernels.cpu.threads import LEAST, spread
@@ -93,7 +94,7 @@ def decode_table(
     above a code in its byte does not count. Without `values` (m, 0), the numbers are those of `levels` points over
     [-scale, scale].
     """
-    m, out = len(payload), np.empty((len(payload), d), np.float32)
+    m, out = len(payload), ready((len(payload), d), np.float32)
     flat, stride = bytes_of(payload)
     head = (flat, stride, scales, values, out, bits, levels)
     found: list[bool] = []
@@ -152,7 +153,7 @@ def mean_table(
     payload: Tensor, scales: np.ndarray, values: np.ndarray, bits: int, levels: int, d: int, cohort: int
 ) -> tuple[Tensor, bool]:
     """(d,) float32: (1/cohort) sum_i of the numbers of `decode_table`, in float64 from row 0 on. And its check."""
-    out = np.empty(d, np.float32)
+    out = ready(d, np.float32)
     flat, stride = bytes_of(payload)
     head = (flat, stride, scales, values, out, bits, levels, cohort)
     found: list[bool] = []

@@ -1,0 +1,55 @@
+"""Memory for large outputs that was written before: the system clears a fresh page when it is first touched, and that
+costs more than the numbers that are then written to it.
+
+An array that nobody refers to any longer is taken again. At most `KEPT` bytes are held on to.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from sys import getrefcount
+
+import numpy as np
+
+LARGE = 1 << 20  # bytes from which on fresh pages matter
+KEPT = 1 << 28  # bytes in all
+FREE = 3  # references to an array that only the list holds: the list's, the variable's and the question's own
+
+_held: list[np.ndarray] = []
+_choosing = threading.Lock()
+
+
+def _forget() -> None:
+    global _choosing
+    _choosing = threading.Lock()  # another thread may have held it in the parent
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def ready(shape: tuple[int, ...] | int, dtype: type) -> np.ndarray:
+    """An array of that shape with any content, as `numpy.empty` gives it."""
+    size = math.prod(shape) if isinstance(shape, tuple) else shape
+    nbytes = size * np.dtype(dtype).itemsize
+    if not LARGE <= nbytes <= KEPT // 2:
+        return np.empty(shape, dtype)
+    with _choosing:
+        return _reserved(nbytes).view(dtype).reshape(shape)
+
+
+def _reserved(nbytes: int) -> np.ndarray:
+    """The first `nbytes` of a free array that is not much larger, or of a new one in the place of the oldest."""
+    for at in range(len(_held)):
+        array = _held[at]
+        if nbytes <= array.size <= nbytes + nbytes // 4 and getrefcount(array) == FREE:
+            _held.append(_held.pop(at))
+            return array[:nbytes]
+    array = np.empty(nbytes, np.uint8)
+    _held.append(array)
+    while sum(held.size for held in _held) > KEPT:
+        _held.pop(0)
+    return array[:nbytes]

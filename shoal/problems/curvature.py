@@ -1,0 +1,140 @@
+"""Smoothness constants of losses without closed forms: what products with Hessians find at given points.
+
+Where f_i has Hessian H_i(x), and H is their mean, the constants near x are
+
+    L_- = ||H||,   L_+^2 = ||(1/n) sum H_i^2||,   L_±^2 = ||(1/n) sum H_i^2 - H^2||,   L_i = ||H_i||.
+
+Lanczos's method finds the first three, power iteration the L_i. Both stay below the norm that they approach, and a norm
+at some points is at most the constant for all of R^d: the numbers are lower bounds, typed "estimate", and no theorem
+covers a step size made from them. Losses such as the autoencoder's have no finite constants on R^d at all. Derivation:
+docs/derivations/curvature.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from scipy.special import ndtri
+from torch import Tensor
+
+from shoal.core import Round, Vector
+from shoal.errors import ConfigError
+from shoal.theory import Constant, Smoothness
+
+COORDINATES = 2**22  # of a chunk of clients
+ROUNDS = 12  # products with H, and with the other two matrices
+
+
+class Curved(Protocol):
+    """A problem that multiplies by its clients' Hessians."""
+
+    n: int
+    d: int
+
+    def products(self, x: Vector, v: Tensor, clients: Tensor) -> Tensor:
+        """(m, d) float64: H_i(x) v_i, with v (m, d) float64, or (d,) for all of them."""
+        ...
+
+
+def gaussian(u: Tensor) -> Tensor:
+    """Standard normal numbers, float64, of uniform ones on the multiples of 2^-24 in [0, 1)."""
+    # In the middle of its 2^-24: 0 would be minus infinity.
+    return torch.from_numpy(ndtri((u.double() + 2.0**-25).numpy()))
+
+
+def estimated(problem: Curved, points: Sequence[Vector], rounds: int = ROUNDS) -> Smoothness:
+    """The largest constants seen at the points, for instance x^0, or iterates of a run; all of them estimates.
+
+    Deterministic, rounded to six digits. Costs about 6.5 `rounds` products with every client's Hessian a point. Raises
+    ConfigError for no point or rounds < 1, or where a Hessian is not finite.
+    """
+    if not len(points) or rounds < 1:
+        raise ConfigError(
+            f"{len(points)} points, rounds={rounds}: at least one of each, for instance [problem.start()]."
+        )
+    found = [_at(problem, x, rounds) for x in points]
+    names = ("minus", "plus", "pm", "tilde", "max")
+    top = [max(float(f"{values[k]:.6g}") for values in found) for k in range(len(names))]
+    return Smoothness(**{name: Constant(value, "estimate") for name, value in zip(names, top, strict=True)})
+
+
+def _at(problem: Curved, x: Vector, rounds: int) -> tuple[float, float, float, float, float]:
+    start = gaussian(Round.full(0, 0, 1).uniform(problem.d, "curvature.start")[0])
+    start /= start.norm()
+    minus, v = _lanczos(lambda v: _mean(problem, x, v), start, rounds)
+    plus, _ = _lanczos(lambda v: _square(problem, x, v), start, rounds)
+    pm, _ = _lanczos(lambda v: _variance(problem, x, v), start, rounds)
+    # The L_i set out from the direction in which the mean curves most, and are half way there.
+    lengths = [_lengths(problem, x, v, max(1, rounds // 2), ids) for ids in _chunks(problem)]
+    each = torch.cat(lengths)
+    tilde, most = math.sqrt(float(each.square().mean())), float(each.max())
+    # L_+ <= sqrt(mean L_i^2) <= max L_i and L_- <= L_+: what is found of a smaller one holds for the larger.
+    plus = max(minus, math.sqrt(plus), math.sqrt(pm))
+    return minus, plus, math.sqrt(pm), max(plus, tilde), max(plus, tilde, most)
+
+
+def _chunks(problem: Curved) -> Iterator[Tensor]:
+    return iter(torch.arange(problem.n).split(max(1, COORDINATES // problem.d)))
+
+
+def _lanczos(apply: Callable[[Tensor], Tensor], v: Tensor, rounds: int) -> tuple[float, Tensor]:
+    """(|q'M q|, q): the extreme Ritz pair of a symmetric M in the span of v, M v, ..., M^(rounds - 1) v, ||v|| = 1."""
+    basis, images = [v], [apply(v)]
+    while True:
+        if not bool(images[-1].isfinite().all()):
+            raise ConfigError("a product with a Hessian is not finite: the loss overflows at this point; take another.")
+        Q, w = torch.stack(basis), images[-1]
+        for _ in range(2):  # twice is enough: what is left of the basis is rounding
+            w = w - Q.T @ (Q @ w)
+        # A rest of the size of rounding errors is no direction: the span holds all that v can reach.
+        if len(basis) == min(rounds, len(v)) or float(w.norm()) <= 1e-12 * float(images[-1].norm()):
+            break
+        basis.append(w / w.norm())
+        images.append(apply(basis[-1]))
+    T = Q @ torch.stack(images).T
+    values, vectors = torch.linalg.eigh((T + T.T) / 2)
+    top = int(values.abs().argmax())
+    return float(values[top].abs()), Q.T @ vectors[:, top]
+
+
+def _mean(problem: Curved, x: Vector, v: Tensor) -> Tensor:
+    """H v."""
+    total = torch.zeros(problem.d, dtype=torch.float64)
+    for ids in _chunks(problem):
+        total += problem.products(x, v, ids).sum(0)
+    return total / problem.n
+
+
+def _square(problem: Curved, x: Vector, v: Tensor) -> Tensor:
+    """(1/n) sum H_i^2 v."""
+    total = torch.zeros(problem.d, dtype=torch.float64)
+    for ids in _chunks(problem):
+        total += problem.products(x, problem.products(x, v, ids), ids).sum(0)
+    return total / problem.n
+
+
+def _variance(problem: Curved, x: Vector, v: Tensor) -> Tensor:
+    """((1/n) sum H_i^2 - H^2) v = (1/n) sum H_i (H_i - H) v: exactly 0 where all clients agree."""
+    first = problem.products(x, v, torch.tensor([0]))[0]
+    moved, total = torch.zeros_like(v), torch.zeros_like(v)
+    for ids in _chunks(problem):
+        moved += (problem.products(x, v, ids) - first).sum(0)
+    moved /= problem.n
+    for ids in _chunks(problem):
+        apart = problem.products(x, v, ids) - first - moved
+        total += problem.products(x, apart, ids).sum(0)
+    return total / problem.n
+
+
+def _lengths(problem: Curved, x: Vector, v: Tensor, rounds: int, ids: Tensor) -> Tensor:
+    """(m,): ||H_i v_i||, each v_i from its own power iteration."""
+    own = v
+    norms = torch.zeros(len(ids), dtype=torch.float64)
+    for _ in range(rounds):
+        w = problem.products(x, own, ids)
+        norms = w.norm(dim=1)
+        own = w / norms.clamp(min=1e-300)[:, None]
+    return norms
