@@ -75,7 +75,7 @@ class Smoothness:
     most: Constant = ONE
     sample: Constant = ZERO
     noise: Constant = ZERO
-    each: tuple[float, ...] = ()
+    each: tuple[float, ...] = field(default=(), repr=False)
     plus_w: Constant | None = None
     pm_w: Constant | None = None
     apart: Constant | None = None
