@@ -51,8 +51,10 @@ $(VENV)/.race: requirements/race.txt pyproject.toml $(VENV)/.made
 	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.test: requirements/test.txt $(VENV)/.race
+$(VENV)/.test: requirements/test.txt requirements/gpu.txt $(VENV)/.race
 	$(PIP) -r requirements/test.txt
+	@# A CUDA build of torch has pinned a Triton of its own, which stays.
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) --no-deps -r requirements/gpu.txt
 	@touch $@
 
 $(VENV)/.docs: requirements/docs.txt $(VENV)/.race

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import kernels, memory, race, round
+from benchmarks import gpu, kernels, memory, race, round
 from shoal.experiments.folder import versions
 from shoal.experiments.timing import Row, machine_line
 
@@ -27,6 +27,7 @@ BENCHES: dict[str, tuple[Callable[[int], Iterator[Row]], str, Callable[[int], in
     "race": (race.measure, "400 rounds, n = 400, d = 32: wall seconds a method, warm", lambda repeat: -(-repeat // 5)),
     "memory": (memory.measure, "memory added by MARINA + Correlated, one thread", lambda repeat: -(-repeat // 15)),
     "kernels": (kernels.measure, "kernels at d = 1e6: CPU ns a coordinate", int),
+    "gpu": (gpu.measure, "kernels on a GPU at d = 2^27: ps a coordinate", int),
 }
 
 
@@ -88,7 +89,7 @@ def main() -> int:
     if not out.is_terminal:
         out = Console(width=140)  # a log has no width of its own
     found = run_all(chosen, err)
-    for name, rows in found.items():
+    for name, rows in ((name, rows) for name, rows in found.items() if rows):
         out.print(table(BENCHES[name][1], rows))
     out.print("x copy: time of a memory copy of the same float32 numbers / time; 1 is as fast as a copy", style="dim")
     out.print(f"{machine}; {', '.join(f'{k} {v}' for k, v in versions().items())}", style="dim", highlight=False)

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class Round:
 
     def shared(self, stream: str) -> kernels.Draw:
         """The named stream that all clients and the server derive alike."""
-        return self.draw(stream, rng.SHARED)
+        return self.draw(stream, rng.SHARED.to(self.slots.device))
 
     def uniform(self, d: int, stream: str) -> Tensor:
         """(m, d) float32 on [0, 1), private to each row."""
@@ -92,7 +92,8 @@ class Round:
 
     def server(self) -> Round:
         """The server's own randomness: one row whose slot no client has."""
-        return replace(self, clients=rng.SERVER, slots=rng.SERVER)
+        slot = rng.SERVER.to(self.slots.device)
+        return replace(self, clients=slot, slots=slot)
 
     def everyone(self) -> Round:
         """The same round with the rows of all who take part, wherever they are hosted: what the server sends to."""
@@ -102,6 +103,10 @@ class Round:
     def fork(self, name: str) -> Round:
         """A second, independent use of the same streams in one round."""
         return replace(self, prefix=f"{self.prefix}{name}/")
+
+    def to(self, device: torch.device | str) -> Round:
+        """The same round for rows on this device: what it draws lies there, and is the same everywhere."""
+        return replace(self, clients=self.clients.to(device), slots=self.slots.to(device))
 
     def rows(self, part: slice | Tensor) -> Round:
         """The same round for some of the hosted rows."""
@@ -121,7 +126,7 @@ class Messages:
     def of(payload: Tensor, rnd: Round, d: int, nbytes: Tensor | None = None) -> Messages:
         """Rows of bytes, all of them in use unless `nbytes` says otherwise."""
         if nbytes is None:
-            nbytes = torch.full((len(payload),), payload.shape[1])
+            nbytes = torch.full((len(payload),), payload.shape[1], device=payload.device)
         return Messages(payload, nbytes, rnd.slots, d)
 
     @property
@@ -141,7 +146,7 @@ class Messages:
         wide = self.payload.shape[1]
         if isinstance(lengths, int) and lengths <= wide and bool((self.nbytes == lengths).all()):
             return self.payload if lengths == wide else self.payload[:, :lengths]
-        expected = torch.as_tensor(lengths).expand(len(self.nbytes))
+        expected = torch.as_tensor(lengths, device=self.nbytes.device).expand(len(self.nbytes))
         if not torch.equal(self.nbytes, expected) or (len(expected) and wide < int(expected.max())):
             raise LengthError(
                 f"rows of {self.nbytes.tolist()[:4]} bytes in {wide}; the code says {expected.tolist()[:4]}."
@@ -174,11 +179,14 @@ def finite_floats(b: Tensor, gain: float = 1.0) -> Tensor:
 
 
 def shaped_rows(u: Rows, rnd: Round) -> Rows:
-    """u itself (contiguous, detached), if it has the shape of rows. Raises ConfigError for a wrong shape or dtype."""
+    """u itself (contiguous, detached), if these are rows of the round. Raises ConfigError for a wrong shape, dtype or
+    device."""
     if u.ndim != 2 or u.dtype != torch.float32 or u.shape[0] != len(rnd.slots) or u.shape[1] == 0:
         raise ConfigError(
             f"compressing {tuple(u.shape)} {u.dtype} for {len(rnd.slots)} clients: rows are (m, d) float32 with d >= 1."
         )
+    if u.device != rnd.slots.device:
+        raise ConfigError(f"rows on {u.device} in a round on {rnd.slots.device}: take rnd.to(u.device).")
     return u.detach().contiguous()
 
 
@@ -203,7 +211,7 @@ def within(r: Tensor, gain: float = 1.0) -> bool:
 def checked_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 1.0) -> Rows:
     """u itself (contiguous, detached), if it can be compressed: the first line of every `encode`.
 
-    Raises ConfigError for a wrong shape or dtype, NonFiniteError for a NaN, an infinity, or a finite value that
+    Raises ConfigError for a wrong shape, dtype or device, NonFiniteError for a NaN, an infinity, or a finite value that
     overflows float32 once multiplied by `gain(d)`. Names the client.
     """
     return measured_rows(u, rnd, gain)[0]
@@ -223,6 +231,12 @@ class Compressor(ABC):
 
     agrees = False  # whether `prepare` returns scalars whose maximum all clients must know before `encode`
     fixed_length = False  # whether every message is exactly `capacity` bytes long
+
+    @property
+    def evidence(self) -> Literal["proved", "numerical"]:
+        """How well omega and alpha are known: what is inside decides, where something is. (`ab` has its own word.)"""
+        inside = getattr(self, "inner", None)
+        return inside.evidence if isinstance(inside, Compressor) else "proved"
 
     def check(self, n: int, d: int) -> None:  # noqa: B027
         """Raise ConfigError if these n clients cannot compress d coordinates; called before anything runs."""

@@ -210,13 +210,20 @@ class StepSize:
     """A step size with the theorem it comes from and the constants that went in.
 
     `evidence` is `proved`; `numerical` where a constant survived a search but is not proved; `none` where no theorem
-    applies and gamma is only a unit to tune in.
+    applies and gamma is only a unit to tune in. `start`: what the theorem promises is stated with
+    Phi_0 = Delta_0 + start (1/n) sum ||grad f_i(x^0)||^2 in place of Delta_0, the price of memories that start at zero.
     """
 
     gamma: float
     theorem: str
     constants: dict[str, Any] = field(default_factory=dict)
     evidence: Literal["proved", "numerical", "none"] = "proved"
+    start: float = 0.0
+
+
+def page(name: str, evidence: str) -> str:
+    """Where a theorem's proof stands, and a warning where a constant in it has none."""
+    return f"docs/derivations/{name}" + ("" if evidence == "proved" else "; constants numerical, not proved")
 
 
 def independent(omega: float, n: int, source: str = "") -> AB:

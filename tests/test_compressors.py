@@ -458,7 +458,7 @@ def moments(compressor: Compressor, family: str, n: int, d: int) -> Moments:
         rnd = Round.full(0, 0, T * n)
         drawn = compressor.decode(compressor.encode(u.repeat(T, 1), rnd), rnd).double().reshape(T, n, d).numpy()
     else:
-        T = 2 if isinstance(compressor, TopK) else 1_500
+        T = 2 if isinstance(compressor, TopK) else 1_000
         rnd, drawn = round_of(compressor, u), np.empty((T, n, d))
         for k in range(T):
             now = round_of(compressor, u, k)

@@ -566,3 +566,15 @@ def test_two_threads_give_the_bytes_of_one(name):
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             same(a, b)
+
+
+def test_results_are_written_where_the_caller_says():
+    """Side by side, in columns of something wider, or with gaps between them."""
+    v = Inputs(3, 300, 1.0)
+    rows, mean = reference.decode_bits(v.bytes, v.r, v.d), reference.mean_bits(v.bytes, v.r, v.d, 7)
+    wide = torch.zeros(3, 700)
+    for out in (torch.zeros(3, 300), wide[:, 50:350], wide[:, 50:650:2]):
+        assert cpu.decode_bits(v.bytes, v.r, v.d, out=out) is out
+        assert torch.equal(out, rows)
+        assert cpu.mean_bits(v.bytes, v.r, v.d, 7, out=out[0]) is not None
+        assert torch.equal(out[0], mean)

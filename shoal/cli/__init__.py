@@ -1,4 +1,4 @@
-"""The command line: race, run, mean, bench, report, list. What a command does is in experiments and report."""
+"""The command line: race, run, plan, mean, bench, report, list. What a command does is in experiments and report."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from shoal import __version__, compressors, data, kernels, methods, problems, report
-from shoal.cli import bench, mean, race, run
+from shoal.cli import bench, mean, plan, race, run
 from shoal.cli.options import With, app, err_console, fail, out_console
 from shoal.errors import ShoalError
 from shoal.experiments.expressions import known_names
 from shoal.report import mean as means
 from shoal.runtimes.replicated import started_by_torchrun
 
-__all__ = ["app", "bench", "main", "mean", "race", "run"]
+__all__ = ["app", "bench", "main", "mean", "plan", "race", "run"]
 
 
 @app.command("report")

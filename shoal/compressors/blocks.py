@@ -99,4 +99,4 @@ def alike(*keys: Tensor) -> Iterator[tuple[Tensor | slice, tuple[int, ...]]]:
     kinds = sorted(set(found))
     for kind in kinds:
         rows = [i for i, values in enumerate(found) if values == kind] if len(kinds) > 1 else []
-        yield torch.tensor(rows) if rows else slice(None), kind
+        yield torch.tensor(rows, device=keys[0].device) if rows else slice(None), kind

@@ -233,7 +233,7 @@ class Correlated(Compressor):
             return Messages.of(self._rounded(u, r, rnd, rnd.cohort, place), rnd, d)
         part = self._split(rnd.slots, d, rnd)
         values, lengths = part.block.gather(u, -(-d // self.blocks)), part.block.lengths()
-        payload = torch.zeros(len(u), self.capacity(rnd.cohort, d), dtype=torch.uint8)
+        payload = torch.zeros(len(u), self.capacity(rnd.cohort, d), dtype=torch.uint8, device=u.device)
         nbytes = self._start + (lengths * self._bits + 7) // 8
         for rows, (length, size) in alike(lengths, part.size):
             some = values[rows, :length].contiguous()
@@ -279,7 +279,7 @@ class Correlated(Compressor):
             )
         if not 0.0 <= rnd.agreed * self._gain(rnd.cohort)(0) <= FLOAT_MAX:
             raise PayloadError(f"the agreed scale {rnd.agreed!r} is not a finite number >= 0.")
-        return torch.full((m,), rnd.agreed)
+        return torch.full((m,), rnd.agreed, device=rnd.slots.device)
 
     def _read(self, payload: Tensor, rnd: Round, gain: float = 1.0) -> tuple[Tensor, Tensor]:
         """(packed codes, scales)."""
@@ -304,17 +304,17 @@ class Correlated(Compressor):
     def _split(self, slots: Tensor, d: int, rnd: Round) -> Split:
         """Who sends what: one permutation of the clients gives the groups, and the places in them."""
         self.check(rnd.cohort, d)
-        at, (first, size) = self._places(slots, rnd).numpy(), cut(rnd.cohort, self.blocks)
+        at, (first, size) = self._places(slots, rnd).cpu().numpy(), cut(rnd.cohort, self.blocks)
         group = np.searchsorted(first, at, side="right") - 1
-        block = Dealt(rnd.shared("Correlated.blocks"), torch.from_numpy(group), self.blocks, d)
-        return Split(block, torch.from_numpy(size[group]), torch.from_numpy(at - first[group]))
+        part, sizes, place = (torch.as_tensor(x, device=slots.device) for x in (group, size[group], at - first[group]))
+        return Split(Dealt(rnd.shared("Correlated.blocks"), part, self.blocks, d), sizes, place)
 
     def _read_blocks(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Split]:
         """((m, longest block) values of C_i, zeros behind a shorter block; where they belong)."""
         part, n = self._split(msgs.slots, msgs.d, rnd), rnd.cohort
         lengths = part.block.lengths()
         payload = msgs.checked(self._start + (lengths * self._bits + 7) // 8)
-        values = torch.zeros(len(payload), -(-msgs.d // self.blocks))
+        values = torch.zeros(len(payload), -(-msgs.d // self.blocks), device=payload.device)
         for rows, (length, size) in alike(lengths, part.size):
             some = payload[rows, : self._start + (length * self._bits + 7) // 8].contiguous()
             code, r = self._read(some, rnd, n / size)

@@ -143,7 +143,7 @@ class Independent(ScaledCodes):
         ops = kernels.of(u)
         private, ties = rnd.draw("Independent.bits"), rnd.draw("Independent.ties")
         if self.levels == 2:  # encode_levels gives the same bytes, but more slowly
-            place = torch.zeros(len(u), dtype=torch.int64)
+            place = torch.zeros_like(rnd.slots)
             payload = ops.encode_bits(u, r, private, ties, 1, place, None, head=True)
         else:
             payload = ops.encode_levels(u, r, private, ties, self.levels, head=True)

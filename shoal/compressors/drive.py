@@ -33,6 +33,9 @@ DISTORTION = {
 }  # fmt: skip
 
 
+SIGNS = torch.tensor([-1.0, 1.0])
+
+
 @cache
 def points(bits: int) -> Tensor:
     """(2^bits,) float32, ascending: the Lloyd-Max points of N(0, 1)."""
@@ -74,6 +77,11 @@ class Turned(Conditional):
                 "unbiased; nothing like them holds otherwise."
             )
 
+    @property
+    def evidence(self) -> Literal["proved", "numerical"]:
+        """The constants that `numerical` lets in were measured; alpha is proved."""
+        return "numerical" if self.numerical else "proved"
+
     def _states(self, constant: str) -> bool:
         return constant == "alpha" if self._least else self.numerical and constant != "alpha"
 
@@ -99,14 +107,14 @@ class Turned(Conditional):
         ops, D = kernels.of(u), padded(u.shape[1])
         y = rotate(u, type(self).__name__, rnd.slots, rnd, self.rounds)
         factor = math.sqrt(D) / torch.where(square > 0, square, 1.0).sqrt()
-        along, sent, at = torch.zeros(len(u), dtype=torch.float64), [], 0
+        along, sent, at = torch.zeros_like(square), [], 0
         for count, bits in self._parts(D):
             part, table = y if count == D else y[:, at : at + count].contiguous(), self._table(bits)
             if bits == 1:
                 code, magnitude = ops.encode_signs(part)
                 along += float(table[1]) * magnitude
             else:
-                code, fit = ops.encode_points(part, factor, table)
+                code, fit = ops.encode_points(part, factor, table.to(u.device))
                 along += fit
             sent.append(code)
             at += count
@@ -129,14 +137,14 @@ class Turned(Conditional):
         payload, D = msgs.checked(self.capacity(rnd.n, msgs.d)), padded(msgs.d)
         ops, scale, parts, byte = kernels.of(payload), read_scale(payload), [], 4
         for count, bits in self._parts(D):
-            end, table = byte + (count * bits + 7) // 8, self._table(bits)
+            end, table = byte + (count * bits + 7) // 8, self._table(bits).to(payload.device)
             code = payload[:, byte:end].contiguous()
             one = bits == 1
             parts.append(
                 ops.decode_bits(code, scale * table[1], count) if one else ops.decode_points(code, scale, table, count)
             )
             byte = end
-        rows = parts[0] if parts[0].shape[1] == D else torch.zeros(len(payload), D)
+        rows = parts[0] if parts[0].shape[1] == D else torch.zeros(len(payload), D, device=payload.device)
         if rows is not parts[0]:
             sent = torch.cat(parts, 1)
             rows[:, : sent.shape[1]] = sent
@@ -171,7 +179,7 @@ class Drive(Turned):
         return self.scale == "least"
 
     def _table(self, bits: int) -> Tensor:
-        return torch.tensor([-1.0, 1.0])
+        return SIGNS
 
     def _alpha(self, d: int) -> float:
         """1/2 in expectation over the signs, for any u and any number of rounds; tight at two equal entries."""

@@ -166,7 +166,7 @@ class Coded(Conditional):
             raise LengthError(
                 f"rows of {size.tolist()[:4]} bytes in {payload.shape[1]}; {self!r} sends {full} at most."
             )
-        out = torch.zeros(len(payload), full, dtype=torch.uint8)
+        out = torch.zeros(len(payload), full, dtype=torch.uint8, device=payload.device)
         out[:, : payload.shape[1]] = payload[:, :full]
         short, ops = size < full, kernels.of(payload)
         if bool(short.any()):

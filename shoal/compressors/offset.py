@@ -160,7 +160,7 @@ class CorrelatedOffset(Compressor):
     def _offsets(self, d: int, rnd: Round) -> Tensor:
         """(d,) int32: c_j 2^16."""
         if self.offset == "even":
-            return torch.zeros(d, dtype=torch.int32)
+            return torch.zeros(d, dtype=torch.int32, device=rnd.slots.device)
         draw = rnd.shared("CorrelatedOffset.offsets")
         return kernels.of(draw.slots).halves(draw, d)[0].to(torch.int32)
 
@@ -172,7 +172,7 @@ class CorrelatedOffset(Compressor):
             )
         if not 0.0 <= rnd.agreed * self._gain(rnd.cohort) <= FLOAT_MAX:
             raise PayloadError(f"the agreed scale {rnd.agreed!r} is not a finite number >= 0 with room for the grid.")
-        return torch.full((m,), rnd.agreed)
+        return torch.full((m,), rnd.agreed, device=rnd.slots.device)
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor]:
         """((m, d) numbers of grid points, scales)."""

@@ -75,7 +75,7 @@ class PermK(Compressor):
             return Dealt(rnd.shared("PermK.shifts"), slots, n, d), n
         order = rnd.permutation(d, "PermK.coordinates")
         owner = rnd.permutation(n, "PermK.owners")[slots]
-        return Listed(order[owner % d], torch.arange(len(slots) + 1), d), d
+        return Listed(order[owner % d], torch.arange(len(slots) + 1, device=slots.device), d), d
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u = checked_rows(u, rnd, gain=lambda d: min(rnd.cohort, d))

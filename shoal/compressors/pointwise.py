@@ -65,20 +65,20 @@ class Bernoulli(Unbiased):
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         values, sends = self._read(msgs, rnd)
-        rows = torch.zeros(len(sends), msgs.d)
-        rows[sends] = (values.double() / self.p).float()
+        rows = torch.zeros(len(sends), msgs.d, device=values.device)
+        rows[sends] = kernels.divided(values.double(), self.p).float()
         return rows
 
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
         values, _ = self._read(msgs, rnd)
-        return (kernels.of(values).mean_rows(values, rnd.cohort) / self.p).float()
+        return kernels.divided(kernels.of(values).mean_rows(values, rnd.cohort), self.p).float()
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Rows, Tensor]:
         """What the senders sent, in slot order, and who they are."""
         sends = self.sends(msgs.slots, rnd)
         payload = msgs.checked(4 * msgs.d * sends)
         if not bool(sends.any()):
-            return torch.zeros(0, msgs.d), sends
+            return torch.zeros(0, msgs.d, device=payload.device), sends
         return finite_floats(payload[sends], 1.0 / self.p), sends
 
 

@@ -40,6 +40,7 @@ def checked_norms(u: Rows, rnd: Round, gain: float) -> Rows:
 
 
 def _draws(stream: str, slots: Tensor, rnd: Round, rounds: int) -> list[kernels.Draw]:
+    slots = slots.to(rnd.slots.device)  # rng.SHARED lies on the CPU
     return [rnd.fork(f"{stream}{step}").draw("Rotation.signs", slots) for step in range(rounds)]
 
 

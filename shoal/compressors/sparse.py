@@ -34,9 +34,9 @@ def kept(k: int | float, d: int, name: str) -> int:
     return k if isinstance(k, int) else max(1, round(k * d))
 
 
-def uniform_pointer(m: int, k: int) -> Tensor:
-    """(m + 1,) int64: rows of k entries each."""
-    return torch.arange(m + 1) * k
+def uniform_pointer(rows: Tensor, k: int) -> Tensor:
+    """(m + 1,) int64, on the device of the m rows: each has k entries."""
+    return torch.arange(len(rows) + 1, device=rows.device) * k
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class RandK(Unbiased):
     def support(self, slots: Tensor, d: int, rnd: Round) -> tuple[Listed, float]:
         """What the clients at these slots send, and the factor of it."""
         index = rng.support(rnd.draw("RandK.support", slots), d, kept(self.k, d, "RandK"))
-        m, k = index.shape
-        return Listed(index.reshape(-1), uniform_pointer(m, k), d), d / k
+        k = index.shape[1]
+        return Listed(index.reshape(-1), uniform_pointer(index, k), d), d / k
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u = checked_rows(u, rnd, gain=lambda d: d / kept(self.k, d, "RandK"))
@@ -131,7 +131,7 @@ class TopK(Compressor):
         d, ops = u.shape[1], kernels.of(u)
         k = kept(self.k, d, "TopK")
         index = ops.topk(u, k)
-        values = ops.gather(u, index.reshape(-1), uniform_pointer(len(u), k), k)
+        values = ops.gather(u, index.reshape(-1), uniform_pointer(u, k), k)
         return Messages.of(torch.cat([as_bytes(values), ops.pack(index, (d - 1).bit_length())], 1), rnd, d)
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
@@ -148,4 +148,4 @@ class TopK(Compressor):
         index = kernels.of(payload).unpack(payload[:, 4 * k :].contiguous(), k, (d - 1).bit_length())
         if bool((index >= d).any()) or bool((index[:, 1:] <= index[:, :-1]).any()):
             raise PayloadError(f"TopK(k={k}): indices must ascend within 0..{d - 1}.")
-        return finite_floats(payload[:, : 4 * k]), index.reshape(-1), uniform_pointer(len(payload), k)
+        return finite_floats(payload[:, : 4 * k]), index.reshape(-1), uniform_pointer(payload, k)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -110,8 +110,8 @@ class Composed(Compressor):
         self.check(n, d)
         part, scale = self.outer.support(rnd.slots, d, rnd)
         values = part.gather(u, max(self._lengths(n, d)))
-        payload = torch.zeros(len(u), self.capacity(n, d), dtype=torch.uint8)
-        nbytes = torch.zeros(len(u), dtype=torch.int64)
+        payload = torch.zeros(len(u), self.capacity(n, d), dtype=torch.uint8, device=u.device)
+        nbytes = torch.zeros_like(rnd.slots)
         for rows, (length,) in alike(part.lengths()):
             some = rnd.rows(rows).fork("Composed")
             sent = self.inner.encode(values[rows, :length].contiguous(), some)
@@ -131,7 +131,7 @@ class Composed(Compressor):
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Dealt | Listed, float]:
         d, n = msgs.d, rnd.cohort
         part, scale = self.outer.support(msgs.slots, d, rnd)
-        values = torch.zeros(len(msgs.slots), max(self._lengths(n, d)))
+        values = torch.zeros(len(msgs.slots), max(self._lengths(n, d)), device=msgs.payload.device)
         for rows, (length,) in alike(part.lengths()):
             some = Messages(msgs.payload[rows], msgs.nbytes[rows], msgs.slots[rows], length)
             values[rows, :length] = self.inner.decode(some, rnd.fork("Composed"))
@@ -234,6 +234,11 @@ class PerLayer(Compressor):
         """If all layers are."""
         return all(code.fixed_length for code in self.compressors)
 
+    @property
+    def evidence(self) -> Literal["proved", "numerical"]:
+        """The weakest of the layers'."""
+        return "numerical" if any(code.evidence == "numerical" for code in self.compressors) else "proved"
+
     def _sizes(self, d: int) -> list[int]:
         rest = d - sum(size for size in self.sizes if size is not None)
         sizes = [rest if size is None else size for size in self.sizes]
@@ -291,8 +296,8 @@ class PerLayer(Compressor):
             for number, (code, part) in enumerate(zip(self.compressors, u.split(self._sizes(d), 1), strict=True))
         ]
         head = torch.stack([sent[number].nbytes for number in self._prefixed()], 1) if self._prefixed() else None
-        payload = torch.zeros(len(u), self.capacity(n, d), dtype=torch.uint8)
-        at = torch.zeros(len(u), dtype=torch.int64)
+        payload = torch.zeros(len(u), self.capacity(n, d), dtype=torch.uint8, device=u.device)
+        at = torch.zeros_like(rnd.slots)
         if head is not None:
             payload[:, : 4 * head.shape[1]] = head.to(torch.int32).view(torch.uint8)
             at += 4 * head.shape[1]
@@ -305,19 +310,19 @@ class PerLayer(Compressor):
     def _split(self, msgs: Messages, rnd: Round) -> list[Messages]:
         """Every layer's messages. Raises LengthError unless the stated lengths are possible and add up."""
         payload, (m, wide) = msgs.payload, msgs.payload.shape
-        caps, head = self._capacities(rnd.cohort, msgs.d), 4 * len(self._prefixed())
+        caps, head, home = self._capacities(rnd.cohort, msgs.d), 4 * len(self._prefixed()), payload.device
         if wide < head or bool((msgs.nbytes < head).any()) or bool((msgs.nbytes > wide).any()):
             raise LengthError(f"rows of {msgs.nbytes.tolist()[:4]} bytes in {wide}: less than PerLayer's lengths take.")
-        lengths = torch.tensor(caps).repeat(m, 1)
+        lengths = torch.tensor(caps, device=home).repeat(m, 1)
         octets = payload[:, :head].to(torch.int64).reshape(m, head // 4, 4)
-        lengths[:, self._prefixed()] = (octets << torch.tensor([0, 8, 16, 24])).sum(2)
-        bad = lengths > torch.tensor(caps)
+        lengths[:, self._prefixed()] = (octets << torch.tensor([0, 8, 16, 24], device=home)).sum(2)
+        bad = lengths > torch.tensor(caps, device=home)
         if bool(bad.any()) or not torch.equal(lengths.sum(1) + head, msgs.nbytes):
             raise LengthError(f"rows of {msgs.nbytes.tolist()[:4]} bytes: PerLayer's layers do not add up to them.")
-        at, out = torch.full((m,), head), []
+        at, out = torch.full((m,), head, device=home), []
         for cap, length, size in zip(caps, lengths.T, self._sizes(msgs.d), strict=True):
             rows, column = _cells(length)
-            part = torch.zeros(m, cap, dtype=torch.uint8)
+            part = torch.zeros(m, cap, dtype=torch.uint8, device=home)
             part[rows, column] = payload[rows, at[rows] + column]
             out.append(Messages(part, length.contiguous(), msgs.slots, size))
             at = at + length
@@ -336,9 +341,11 @@ class PerLayer(Compressor):
 
 def _cells(length: Tensor) -> tuple[Tensor, Tensor]:
     """(rows, columns) of the first length[i] bytes of every row."""
-    pointer = np.concatenate([[0], np.cumsum(length.numpy())])
-    rows = np.repeat(np.arange(len(length)), length.numpy())
-    return torch.from_numpy(rows), torch.from_numpy(np.arange(pointer[-1]) - pointer[rows])
+    sizes = length.cpu().numpy()
+    pointer = np.concatenate([[0], np.cumsum(sizes)])
+    rows = np.repeat(np.arange(len(sizes)), sizes)
+    columns = np.arange(pointer[-1]) - pointer[rows]
+    return torch.as_tensor(rows, device=length.device), torch.as_tensor(columns, device=length.device)
 
 
 def joined(layers: list[AB]) -> AB:

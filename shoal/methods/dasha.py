@@ -15,7 +15,7 @@ import torch
 from shoal.core import DENSE, Compressor, Gradient, Messages, Method, Round, Rows, Vector, require
 from shoal.errors import ConfigError
 from shoal.methods.vr_marina import check_batch
-from shoal.theory import Setting, StepSize, dasha_step, drawn
+from shoal.theory import Setting, StepSize, dasha_step, drawn, page
 
 
 class Server(NamedTuple):
@@ -85,7 +85,9 @@ class Dasha(Method):
         if self.batch is not None:
             used |= {"p": p, "batch": self.batch, "L_sample": s.sample, "most": s.most}
         name = ("DASHA" if self.batch is None else "DASHA-PAGE") + (" under PL" if mu else ", nonconvex")
-        return StepSize(gamma, f"{name} (docs/derivations/sampling.md)", used | ({"mu": s.mu} if mu else {}))
+        evidence = self.compressor.evidence
+        where, used = page("sampling.md", evidence), used | ({"mu": s.mu} if mu else {})
+        return StepSize(gamma, f"{name} ({where})", used, evidence)
 
     def init(self, x0: Vector, rnd: Round) -> tuple[Server, Worker]:
         rows = x0.new_zeros(len(rnd.clients), len(x0))

@@ -14,7 +14,7 @@ import torch
 
 from shoal.core import Compressor, Gradient, Messages, Method, Round, Rows, Vector, require
 from shoal.errors import ConfigError
-from shoal.theory import Setting, StepSize
+from shoal.theory import Setting, StepSize, page
 
 
 class Server(NamedTuple):
@@ -64,11 +64,15 @@ class Diana(Method):
         s, n = setting.smoothness, setting.n
         omega, shift = self.compressor.omega(setting.d), self._shift(setting.d)  # type: ignore[attr-defined]
         used = {"omega": omega, "shift": shift, "n": n, "L_minus": s.minus, "L_plus": s.plus}
+        evidence = self.compressor.evidence
+        where = page("methods.md", evidence)
         if setting.pl and s.mu is not None:
             gamma = min(1.0 / (s.minus + math.sqrt(8.0 * omega / n) * s.plus / shift), shift / (4.0 * s.mu))
-            return StepSize(gamma, "DIANA under PL (docs/derivations/methods.md)", used | {"mu": s.mu})
+            start = 2.0 * gamma * omega / (n * shift)
+            return StepSize(gamma, f"DIANA under PL ({where})", used | {"mu": s.mu}, evidence, start)
         gamma = 1.0 / (s.minus + 2.0 * math.sqrt(omega / n) * s.plus / shift)
-        return StepSize(gamma, "DIANA, nonconvex (docs/derivations/methods.md)", used)
+        start = gamma * omega / (n * shift)
+        return StepSize(gamma, f"DIANA, nonconvex ({where})", used, evidence, start)
 
     def init(self, x0: Vector, rnd: Round) -> tuple[Server, Worker]:
         return Server(torch.zeros_like(x0)), Worker(x0.new_zeros(len(rnd.clients), len(x0)))

@@ -17,7 +17,7 @@ from torch import Tensor
 from shoal import rng
 from shoal.core import Compressor, Gradient, Messages, Method, Round, Rows, Vector, require
 from shoal.errors import ConfigError
-from shoal.theory import Setting, StepSize, ef21_constants
+from shoal.theory import Setting, StepSize, ef21_constants, page
 
 
 class Server(NamedTuple):
@@ -66,11 +66,15 @@ class EF21(Method):
         alpha = asked * self.compressor.alpha(setting.d)  # type: ignore[attr-defined]
         theta, beta = ef21_constants(alpha)
         used = {"alpha": alpha, "theta": theta, "beta": beta, "L_minus": s.minus, "L_plus": s.plus}
+        evidence = self.compressor.evidence
+        where = page("methods.md", evidence)
         if setting.pl and s.mu is not None:
             gamma = min(1.0 / (s.minus + s.plus * math.sqrt(2.0 * beta / theta)), theta / (2.0 * s.mu))
-            return StepSize(gamma, "EF21 under PL (docs/derivations/methods.md)", used | {"mu": s.mu})
+            start = gamma / theta * (1.0 - alpha)
+            return StepSize(gamma, f"EF21 under PL ({where})", used | {"mu": s.mu}, evidence, start)
         gamma = 1.0 / (s.minus + s.plus * math.sqrt(beta / theta))
-        return StepSize(gamma, "EF21, Theorem 1 with L_+ (docs/derivations/methods.md)", used)
+        start = gamma / (2.0 * theta) * (1.0 - alpha)
+        return StepSize(gamma, f"EF21, Theorem 1 with L_+ ({where})", used, evidence, start)
 
     def init(self, x0: Vector, rnd: Round) -> tuple[Server, Worker]:
         return Server(torch.zeros_like(x0)), Worker(x0.new_zeros(len(rnd.clients), len(x0)))

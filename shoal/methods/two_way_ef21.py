@@ -8,13 +8,13 @@ and Friends: Improved Theoretical Communication Complexity for Distributed Optim
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from shoal.core import DENSE, Compressor, Gradient, Messages, Round, Rows, Vector, require
 from shoal.methods.ef21 import EF21
-from shoal.theory import Setting, StepSize, ef21_two_way_step
+from shoal.theory import Setting, StepSize, ef21_two_way_step, page
 
 
 class Server(NamedTuple):
@@ -51,14 +51,16 @@ class TwoWayEF21(EF21):
 
     def step_size(self, setting: Setting) -> StepSize:
         """gamma = 1 / ((1 + sqrt r) (L_- + (1 + sqrt(1-down)) L_+ sqrt(beta/theta))), r = beta/theta of the downlink's
-        alpha, `down`; for PL see `shoal.theory.ef21_two_way_step`. Phi_0 = Delta_0 + `weight` mean ||g_i - grad f_i||^2
-        after round 0."""
+        alpha, `down`; for PL see `shoal.theory.ef21_two_way_step`."""
         s, known = setting.smoothness, super().step_size(setting).constants
         down = float(self.downlink.alpha(setting.d))  # type: ignore[attr-defined]
         mu = float(s.mu) if setting.pl and s.mu is not None else 0.0
         gamma, weight = ef21_two_way_step(s.minus, s.plus, known["alpha"], down, mu)
         name = "EF21 both ways, under PL" if mu else "EF21 both ways, nonconvex"
-        return StepSize(gamma, f"{name} (docs/derivations/downlink.md)", known | {"down": down, "weight": weight})
+        numerical = "numerical" in (self.compressor.evidence, self.downlink.evidence)
+        evidence: Literal["proved", "numerical"] = "numerical" if numerical else "proved"
+        used, start = known | {"down": down}, weight * (1.0 - known["alpha"])
+        return StepSize(gamma, f"{name} ({page('downlink.md', evidence)})", used, evidence, start)
 
     def init(self, x0: Vector, rnd: Round) -> tuple[Server, Worker]:  # type: ignore[override]
         return Server(torch.zeros_like(x0), x0), Worker(x0.new_zeros(len(rnd.clients), len(x0)), x0)

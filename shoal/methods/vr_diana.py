@@ -14,7 +14,7 @@ from shoal.core import Gradient, Messages, Round, Rows, Vector
 from shoal.errors import ConfigError
 from shoal.methods.diana import Diana, Server
 from shoal.methods.vr_marina import check_batch, percent
-from shoal.theory import Setting, StepSize, drawn, vr_diana_step
+from shoal.theory import Setting, StepSize, drawn, page, vr_diana_step
 
 
 class Worker(NamedTuple):
@@ -63,7 +63,9 @@ class VRDiana(Diana):
         used: dict[str, Any] = {"omega": omega, "shift": shift, "n": n, "p": ready.p, "batch": ready.batch}
         used |= {"L_minus": s.minus, "L_plus": s.plus, "L_sample": s.sample, "most": s.most, "weight": weight}
         which = "VR-DIANA under PL" if mu else "VR-DIANA, nonconvex"
-        return StepSize(gamma, f"{which} (docs/derivations/sampling.md)", used | ({"mu": s.mu} if mu else {}))
+        evidence = self.compressor.evidence
+        theorem, used = f"{which} ({page('sampling.md', evidence)})", used | ({"mu": s.mu} if mu else {})
+        return StepSize(gamma, theorem, used, evidence, weight)
 
     def init(self, x0: Vector, rnd: Round) -> tuple[Server, Worker]:  # type: ignore[override]
         server, worker = super().init(x0, rnd)

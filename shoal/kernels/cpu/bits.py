@@ -169,10 +169,12 @@ def _decode_bits(payload, r, out, lo, hi, first, last):
 
 def decode_bits(payload: Tensor, r: Tensor, d: int, out: Tensor | None = None) -> Tensor:
     m = len(payload)
-    out = torch.from_numpy(ready((m, d), np.float32)) if out is None else out
-    args = (_rows(payload), r.numpy(), out.numpy())
+    values = torch.from_numpy(ready((m, d), np.float32)) if out is None else out
+    if values.stride(-1) != 1:  # wide registers are stored side by side
+        values = values.contiguous()
+    args = (_rows(payload), r.numpy(), values.numpy())
     share(lambda *part: _decode_bits(*args, *part), m, d)
-    return out
+    return values if out is None else out.copy_(values)
 
 
 @njit(cache=True, nogil=True)
