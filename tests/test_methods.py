@@ -190,9 +190,8 @@ def potential(method: Method, problem: Problem, gamma: float, pl: bool) -> float
         return delta + method.step_size(setting(problem, pl=pl)).constants["weight"] * squares
     if isinstance(method, Diana):  # (gamma omega / (n shift)) mean ||grad f_i(x^0) - h_i^0||^2, and h_i^0 = 0
         return delta + twice * gamma * method.compressor.omega(problem.d) / (problem.n * method.shift) * squares
-    if isinstance(method, TwoWayEF21):  # the weight of mean ||g_i^0 - grad f_i(x^0)||^2
-        step = method.step_size(setting(problem, pl=pl)).constants
-        return delta + step["weight"] * (1 - step["alpha"]) * squares
+    if isinstance(method, TwoWayEF21):  # the weight of mean ||g_i^0 - grad f_i(x^0)||^2, for what C leaves of them
+        return delta + method.step_size(setting(problem, pl=pl)).start * squares
     if isinstance(method, EF21):  # gamma / (2 theta) mean ||g_i^0 - grad f_i(x^0)||^2, and g_i^0 = C(grad f_i(x^0))
         alpha = method.step_size(setting(problem)).constants["alpha"]  # of a client that may not be asked
         return delta + twice * gamma / (2 * (1 - math.sqrt(1 - alpha))) * (1 - alpha) * squares

@@ -24,7 +24,7 @@ from shoal.core import (
     require,
 )
 from shoal.errors import ConfigError
-from shoal.theory import AB, Evidence, Setting, StepSize, best_p, gamma_points, step_size, step_size_pl
+from shoal.theory import AB, Evidence, Setting, StepSize, best_p, gamma_points, page, step_size, step_size_pl
 
 
 class Server(NamedTuple):
@@ -92,7 +92,7 @@ class MarinaP(Method):
         s, p = setting.smoothness, self.resolved(setting).p or 1.0
         used: dict[str, Any] = {"omega": omega, "theta": theta, "source": ab.source, "Gamma": Gamma, "p": p}
         used |= {"L_minus": s.minus, "L_tilde": s.tilde, "L_apart": s.apart, "L_together": s.together}
-        return lemma_step("MARINA-P", setting, Gamma, p, used, ab.evidence)
+        return lemma_step("MARINA-P", setting, Gamma, p, used, ab.evidence, self.downlink.evidence)
 
     def init(self, x0: Vector, rnd: Round) -> tuple[Server, Worker]:
         return Server(x0), Worker(x0.repeat(len(rnd.clients), 1))
@@ -130,11 +130,10 @@ class MarinaP(Method):
         return DENSE.aggregate(up, rnd), server
 
 
-def lemma_step(name: str, setting: Setting, Gamma: float, p: float, used: dict[str, Any], known: Evidence) -> StepSize:
+def lemma_step(name: str, setting: Setting, Gamma: float, p: float, used: dict[str, Any], *known: Evidence) -> StepSize:
     """The step size of the lemma, general or PL, for a recursion with this Gamma."""
-    s, where = setting.smoothness, "docs/derivations/downlink.md"
-    where += "; constants numerical, not proved" if known == "numerical" else ""
-    evidence: Literal["proved", "numerical"] = "numerical" if known == "numerical" else "proved"
+    evidence: Literal["proved", "numerical"] = "numerical" if "numerical" in known else "proved"
+    s, where = setting.smoothness, page("downlink.md", evidence)
     if setting.pl and s.mu is not None:
         gamma = step_size_pl(s.minus, Gamma, p, s.mu)
         return StepSize(gamma, f"{name} under PL ({where})", used | {"mu": s.mu}, evidence)

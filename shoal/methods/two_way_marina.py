@@ -94,7 +94,7 @@ class TwoWayMarina(Method):
         ab, Gamma, used = self._constants(setting)
         s, p = setting.smoothness, self.resolved(setting).p or 1.0
         used |= {"p": p, "L_minus": s.minus, "L_tilde": s.tilde, "L_apart": s.apart, "L_together": s.together}
-        return lemma_step("MARINA both ways", setting, Gamma, p, used, ab.evidence)
+        return lemma_step("MARINA both ways", setting, Gamma, p, used, ab.evidence, self.downlink.evidence)
 
     def init(self, x0: Vector, rnd: Round) -> tuple[Server, Worker]:
         rows = x0.repeat(len(rnd.clients), 1)
