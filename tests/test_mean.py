@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import shoal
 from shoal.cli import app, main
-from shoal.compressors import Correlated, Independent, PermK, RandK, TopK
+from shoal.compressors import Correlated, CorrelatedOffset, Independent, PermK, RandK, TopK
 from shoal.errors import ConfigError, DataError
 from shoal.experiments import bench, vectors
 from shoal.experiments.mean import mean_estimation
@@ -137,7 +137,8 @@ def test_unreadable_files(tmp_path):
 def test_errors_that_are_known_exactly(family):
     """RandK, PermK and Independent have bounds with equality; correlated quantization has an exact formula."""
     tight = [RandK(3), PermK(), Independent()]
-    correlated = [Correlated(), Correlated("own"), Correlated("max")]
+    correlated = [Correlated(), Correlated("own"), Correlated("max"), Correlated(blocks=2)]
+    correlated += [CorrelatedOffset(), CorrelatedOffset("even", levels=3)]
     for n, d in ((5, 24), (4, 65)):
         rows = rows_of(zoo.inputs(family, n, d), [*tight, *correlated], 160)
         for compressor in tight:

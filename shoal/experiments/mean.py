@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 PARAMETERS = (
     "RandK(0.03125)", "QSGD(1)", "QSGD(7)", "Correlated()", "Correlated('own')", "Correlated(levels=4)",
-    "Correlated(levels=16)", "Grid()", "Rotated(Grid())", "Rotated(Grid(16))", "Drive(numerical=True)",
-    "Eden(2, numerical=True)", "Eden(4, numerical=True)", "Composed(PermK(), QSGD(7))",
+    "Correlated(levels=16)", "Correlated(blocks=4)", "Grid()", "Rotated(Grid())", "Rotated(Grid(16))",
+    "Drive(numerical=True)", "Eden(2, numerical=True)", "Eden(4, numerical=True)", "Composed(PermK(), QSGD(7))",
 )  # fmt: skip
 WORK = 200_000_000  # client-coordinates of one compressor, over all points, that the default number of rounds asks for
 FEWEST, MOST = 8, 200  # rounds, by default
