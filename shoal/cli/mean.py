@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from shoal.cli.options import With, again, app, err_console, new_folder, out_console
 from shoal.errors import ConfigError
@@ -147,7 +147,14 @@ def _measured(
     files: Sequence[str],
 ) -> MeanEstimate:
     """The measurements, with a bar on the screen once they take longer than two seconds."""
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=err_console)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=err_console, speed_estimate_period=600.0)  # compressors differ in speed
     task, began, shown = bar.add_task("", total=1.0), time.monotonic(), False
 
     def progress(label: str, share: float) -> None:

@@ -10,7 +10,6 @@ import math
 
 import numpy as np
 
-
 WORDS = 1 << 17  # float64 numbers that the sums over strata hold at a time
 
 
