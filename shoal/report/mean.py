@@ -149,8 +149,7 @@ def _print_map(record: Mapping[str, Any], console: Any) -> None:
     points = record["points"]
     (budgets, cells), letters = choice_map(points), _letters(points)
     look = _colors(record)
-    table = Table(title="best within so many bits a coordinate", title_justify="left",
-                  box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # fmt: skip
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(record["sweep"])
     for budget in budgets:
         table.add_column(f"{budget:g}", no_wrap=True)
@@ -164,6 +163,7 @@ def _print_map(record: Mapping[str, Any], console: Any) -> None:
             mark = "~" if choice.rivals else " "
             shown.append(f"[bold {look[name]}]{letters[name]}[/]{mark}{two_digits(choice.best)}")
         table.add_row(f"{point['swept']:g}", *shown)
+    console.print("the least error within so many bits a coordinate:", style="italic", highlight=False)
     console.print(table)
     for name, letter in letters.items():
         console.print(f"[bold {look[name]}]{letter}[/]  {escape(name)}", highlight=False)
