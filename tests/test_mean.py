@@ -29,7 +29,7 @@ from shoal.errors import ConfigError, DataError
 from shoal.experiments import bench, vectors
 from shoal.experiments.mean import mean_estimation
 from shoal.experiments.measurement import bias_z, interval
-from shoal.report import choice
+from shoal.report import choice, mean_text
 from shoal.report import mean as page
 
 
@@ -386,6 +386,7 @@ def test_errors_on_the_theory_line():
     rows = [synthetic("a", 1, 1.0) | {"exact": exact} for exact in (1.02, 1.0, 1.1)]
     assert choice.on_the_line([{"rows": rows}]).startswith("2 of 3 errors")
     assert choice.on_the_line([{"rows": [synthetic("a", 1, 1.0)]}]) is None
+    assert choice.on_the_line([{"rows": [synthetic("a", 1, 1e-15) | {"exact": 0.0}]}]).startswith("1 of 1")
 
 
 def test_eighty_columns(swept):
@@ -396,7 +397,7 @@ def test_eighty_columns(swept):
     assert 3 <= len(record["leaders"]) <= 10
     for shown in (record, page.load(swept)):
         console = Console(width=80, file=io.StringIO())
-        page.print_means(shown, console)
+        mean_text.print_means(shown, console)
         lines = console.file.getvalue().splitlines()
         assert max(map(len, lines)) <= 80
         assert not any("…" in line for line in lines)
@@ -405,7 +406,7 @@ def test_eighty_columns(swept):
 
 def test_two_digits_take_six_characters():
     for error in (0.0, 1e-13, 9.96e-12, 1.23e-7, 0.000999, 0.0012345, 0.9999, 12.34, 99999.0, 123456.0, 3.4e5, 1.2e38):
-        assert len(page.two_digits(synthetic("a", 1, error))) <= 6
+        assert len(mean_text.two_digits(synthetic("a", 1, error))) <= 6
 
 
 def test_the_page_loads_nothing(swept):

@@ -20,6 +20,7 @@ from shoal.experiments.folder import make_folder
 from shoal.experiments.mean import MeanEstimate, mean_estimation
 from shoal.experiments.vectors import DRAWN, Inputs, given, made, read
 from shoal.report import mean as page
+from shoal.report import mean_text
 
 PATIENCE = 2.0  # seconds without a progress bar
 DEFAULT_DATA = "gaussian"
@@ -173,7 +174,7 @@ def _measured(
 
 
 def _close(folder: Path) -> None:
-    page.print_means(page.load(folder), out_console)
+    mean_text.print_means(page.load(folder), out_console)
     out_console.print(f"all of it: {escape(str(folder))}", highlight=False, soft_wrap=True)
     try:
         written = page.write(folder)

@@ -166,10 +166,11 @@ def on_the_line(points: Sequence[Point]) -> str | None:
     Three half-widths are six standard errors; of few rounds, Student's t makes a false alarm of 8 about 2e-4.
     """
     known = [row for point in points for row in point["rows"] if row["exact"] is not None]
-    near = [r for r in known if abs(r["error"] - r["exact"]) <= 3.0 * (r["high"] - r["error"]) + 1e-5 * r["exact"]]
     if not known:
         return None
-    off = max(abs(row["error"] / row["exact"] - 1.0) for row in known if row["exact"] > 0.0)
+    slack = [3.0 * (row["high"] - row["error"]) + 1e-5 * row["exact"] + ROUNDING for row in known]
+    near = [row for row, most in zip(known, slack, strict=True) if abs(row["error"] - row["exact"]) <= most]
+    off = max((abs(row["error"] / row["exact"] - 1.0) for row in known if row["exact"] > ROUNDING), default=0.0)
     return (
         f"{len(near)} of {len(known)} errors of correlated quantization sit on the theory line, within three "
         f"half-widths of the interval; the farthest is {100 * off:.2g}% off."
