@@ -19,6 +19,7 @@ from shoal.cli.options import With, app, err_console, fail, out_console
 from shoal.errors import ShoalError
 from shoal.experiments.expressions import known_names
 from shoal.report import mean as means
+from shoal.report import mean_text
 from shoal.runtimes.replicated import started_by_torchrun
 
 __all__ = ["app", "bench", "main", "mean", "plan", "race", "run"]
@@ -32,7 +33,7 @@ def report_command(
 ) -> None:
     """Read a folder of results again: the leaderboard, report.html, and the figures."""
     if means.is_mean(folder):
-        means.print_means(means.load(folder), out_console)
+        mean_text.print_means(means.load(folder), out_console)
         page = means.write(folder)
     else:
         report.print_leaderboard(report.load(folder), out_console)
