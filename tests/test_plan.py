@@ -106,8 +106,8 @@ def test_constants_that_were_measured_are_marked():
 
 # ------------------------------------------------------------------------------------------------ ranking
 def test_every_part_of_the_library_is_a_candidate():
-    """But PerLayer, whose layers only the user knows, and methods whose downlink is compressed: bits up is what the plan
-    ranks by. Dense is GD."""
+    """But PerLayer, whose layers only the user knows, and methods whose downlink is compressed: the plan ranks by bits
+    up. Dense is GD."""
     found = candidates(8, 64, samples=20.0)
     text = " ".join(repr(method) for method in found)
     assert {type(m).__name__ for m in found} == set(methods.__all__) - {"MarinaP", "TwoWayEF21", "TwoWayMarina"}
