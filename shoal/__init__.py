@@ -33,7 +33,20 @@ from shoal.compressors import (
 from shoal.errors import ShoalError
 from shoal.experiments.mean import MeanEstimate, mean_estimation
 from shoal.experiments.run import Run, simulate
-from shoal.methods import DCGD, EF21, GD, Dasha, Diana, Marina, PPMarina, VRDiana, VRMarina
+from shoal.methods import (
+    DCGD,
+    EF21,
+    GD,
+    Dasha,
+    Diana,
+    Marina,
+    MarinaP,
+    PPMarina,
+    TwoWayEF21,
+    TwoWayMarina,
+    VRDiana,
+    VRMarina,
+)
 from shoal.problems import Autoencoder, Classification, Module, Quadratics
 
 try:
@@ -44,7 +57,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 __all__ = [
     "DCGD", "EF21", "GD", "QSGD", "Autoencoder", "Bernoulli", "Classification", "Coded", "Composed", "Correlated",
     "CorrelatedOffset", "Dasha", "Dense", "Diana", "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina",
-    "MeanEstimate", "Module", "Natural", "NaturalDithering", "PPMarina", "PerLayer", "PermK", "Quadratics", "RandK",
-    "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "VRDiana", "VRMarina", "mean_estimation",
-    "simulate",
+    "MarinaP", "MeanEstimate", "Module", "Natural", "NaturalDithering", "PPMarina", "PerLayer", "PermK", "Quadratics",
+    "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "TwoWayEF21", "TwoWayMarina",
+    "VRDiana", "VRMarina", "mean_estimation", "simulate",
 ]  # fmt: skip

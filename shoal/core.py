@@ -95,6 +95,11 @@ class Round:
         slot = rng.SERVER.to(self.slots.device)
         return replace(self, clients=slot, slots=slot)
 
+    def everyone(self) -> Round:
+        """The same round with the rows of all who take part, wherever they are hosted: what the server sends to."""
+        ids = torch.arange(self.n) if self.members is None else self.members
+        return replace(self, clients=ids, slots=torch.arange(self.cohort))
+
     def fork(self, name: str) -> Round:
         """A second, independent use of the same streams in one round."""
         return replace(self, prefix=f"{self.prefix}{name}/")
@@ -123,6 +128,15 @@ class Messages:
         if nbytes is None:
             nbytes = torch.full((len(payload),), payload.shape[1], device=payload.device)
         return Messages(payload, nbytes, rnd.slots, d)
+
+    @property
+    def shared(self) -> bool:
+        """Whether this is the server's one row, which all clients hear."""
+        return len(self.slots) == 1 and int(self.slots[0]) == int(rng.SERVER)
+
+    def rows(self, part: slice | Tensor) -> Messages:
+        """What these rows' clients hear of a downlink: their own rows, or the one row for all."""
+        return self if self.shared else Messages(self.payload[part], self.nbytes[part], self.slots[part], self.d)
 
     def checked(self, lengths: int | Tensor) -> Tensor:
         """The payload, if every row is exactly as long as the code says. Raises LengthError otherwise.
@@ -211,7 +225,8 @@ class Compressor(ABC):
     `omega(d)`: E C(u) = u, E||C(u) - u||^2 <= omega ||u||^2, errors of different clients uncorrelated or negatively
     correlated (DIANA's theorem needs that);  `alpha(d)`: E||C(u) - u||^2 <= (1 - alpha) ||u||^2;
     `ab(n, d)`: the AB inequality of the n compressors together;  `homogeneous(n, d)`: a better one for equal inputs;
-    `present(n, d, m)`: that of the mean over m arrived messages of n expected.
+    `present(n, d, m)`: that of the mean over m arrived messages of n expected;  `alone(n, d)`: each client's own omega,
+    however the errors of different clients depend on each other (where it is not `omega`).
     """
 
     agrees = False  # whether `prepare` returns scalars whose maximum all clients must know before `encode`
@@ -308,6 +323,12 @@ class Gradient(Protocol):
     def __call__(self, x: Vector, rnd: Round, batch: int | None = None) -> Rows: ...
 
 
+def gradients_at(points: Rows, grad: Gradient, rnd: Round) -> Rows:
+    """(m, d): grad f_i at client i's own point, row i of `points`. One client at a time: rows are independent."""
+    rows = [grad(point, rnd.rows(slice(i, i + 1))) for i, point in enumerate(points)]
+    return torch.cat(rows) if rows else torch.zeros_like(points)
+
+
 class Dense(Compressor):
     """Everything, uncompressed: d little-endian float32.
 
@@ -387,7 +408,10 @@ class Method(ABC):
         return None
 
     def down(self, server: Any, x: Vector, rnd: Round) -> tuple[Messages, Any]:
-        """What the server sends: by default the model, uncompressed, one row for all."""
+        """What the server sends: by default the model, uncompressed, one row (of `rnd.server()`) that all n hear.
+
+        Or a row for each who takes part (of `rnd.everyone()`, in slot order), which that client alone hears.
+        """
         return DENSE.encode(x[None], rnd.server()), server
 
     def model(self, down: Messages, rnd: Round) -> Vector:
@@ -400,7 +424,7 @@ class Method(ABC):
 
     @abstractmethod
     def up(self, worker: Any, down: Messages, grad: Gradient, rnd: Round) -> tuple[Rows, Any]:
-        """What each hosted client compresses and sends, and its state."""
+        """What each hosted client compresses and sends, and its state. `down` is what these clients heard."""
 
     def commit(self, worker: Any, sent: Messages, rnd: Round) -> Any:
         """The state once the client knows its own message (DIANA and EF21 move their shifts by it)."""
@@ -484,7 +508,7 @@ class Channel(Protocol):
     meter: Meter
 
     def scatter(self, down: Messages | None, rnd: Round) -> Messages:
-        """Server to workers: one row for all."""
+        """Server to workers: the one row for all, or the rows of the clients hosted here."""
         ...
 
     def gather(self, up: Messages, width: int, rnd: Round) -> Messages:

@@ -55,6 +55,13 @@ class Smoothness:
     samples  (1/n) sum N_i;  most  max N_i
     sample   L_s:  (1/n) sum_i (1/N_i) sum_j ||D_ij - D_i||^2 <= L_s^2 ||x - y||^2, D = grad f(x) - grad f(y)
     noise    sigma^2:  (1/n) sum_i (1/N_i) sum_j ||grad f_ij(x) - grad f_i(x)||^2 <= sigma^2 for all x
+
+    Where each client counts with its own weight (docs/derivations/weighted.md):
+    each  the L_i, as well known as `max`; () where they are not stated
+    plus_w, pm_w  L_{+,w} and L_{±,w} of `WeightedAB`, for the weights w = `by_smoothness(each)`
+
+    Where clients have points of their own, x + u_i, and V = (1/n) sum ||u_i - ubar||^2 (docs/derivations/downlink.md):
+    apart, together  ||(1/n) sum (grad f_i(x + u_i) - grad f_i(x))|| <= apart sqrt(V) + together ||ubar||
     """
 
     minus: Constant
@@ -68,10 +75,51 @@ class Smoothness:
     most: Constant = ONE
     sample: Constant = ZERO
     noise: Constant = ZERO
+    each: tuple[float, ...] = field(default=(), repr=False)
+    plus_w: Constant | None = None
+    pm_w: Constant | None = None
+    apart: Constant | None = None
+    together: Constant | None = None
 
     def facts(self) -> dict[str, tuple[float, Status]]:
-        """The known fields as name -> (value, status): what a report prints."""
-        return {k: (float(v), v.status) for k, v in vars(self).items() if v is not None}
+        """The known single constants as name -> (value, status): what a report prints."""
+        return {k: (float(v), v.status) for k, v in vars(self).items() if isinstance(v, Constant)}
+
+    def weighted(self, weights: Sequence[float]) -> Smoothness:
+        """L_{+,w}, L_{±,w} and max L_i / (n w_i) in the places of L_+, L_± and L_max, for any positive weights.
+
+        From weights v whose constants are known, with rho = max v_i / w_i: L_{+,w}^2 <= rho L_{+,v}^2 and
+        L_{±,w}^2 <= L_{±,v}^2 + (rho - 1) L_{+,v}^2. v is 1/n and `by_smoothness(each)`. And
+        L_{+,w}^2 <= (1/n) sum L_i^2 / (n w_i). The least bound counts.
+        """
+        n = len(weights)
+        known = [((1.0 / n,) * n, self.plus, self.pm)]
+        if self.each and self.plus_w is not None and self.pm_w is not None:
+            known.append((by_smoothness(self.each), self.plus_w, self.pm_w))
+        pluses, spreads = [], []
+        for base, plus, pm in known:
+            rho = max(1.0, max(v / w for v, w in zip(base, weights, strict=True)))
+            pluses.append(rho * plus**2)
+            spreads.append(pm**2 + (rho - 1.0) * plus**2)
+        if self.each:
+            pluses.append(math.fsum(L**2 / (n * n * w) for L, w in zip(self.each, weights, strict=True)))
+        top = max(L / (n * w) for L, w in zip(self.each or (self.max,) * n, weights, strict=True))
+        status: Status = "estimate" if "estimate" in (self.plus.status, self.pm.status, self.max.status) else "bound"
+        plus, pm = (Constant(math.sqrt(min(squares)), status) for squares in (pluses, pluses + spreads))
+        return replace(self, plus=plus, pm=pm, max=Constant(top, status))
+
+
+def by_smoothness(each: Sequence[float]) -> tuple[float, ...]:
+    """Weights in proportion to the L_i, none below a thousandth of an even share, so that every client can be drawn.
+
+    Even where all L_i are 0.
+    """
+    if not any(each):
+        return (1.0 / len(each),) * len(each)
+    floor = 1e-3 * math.fsum(each) / len(each)
+    raised = [max(float(L), floor) for L in each]
+    total = math.fsum(raised)
+    return tuple(L / total for L in raised)
 
 
 @dataclass(frozen=True)
@@ -274,6 +322,20 @@ def gamma_clients(ab: AB, L: Smoothness, share: float) -> float:
     return max(0.0, ab.a - ab.b) * L.plus**2 + spread * L.pm**2 + ab.c * L.max**2
 
 
+def gamma_points(L: Smoothness, omega: float, theta: float) -> float:
+    """Gamma where clients are moved to points of their own by E||Q_i(u) - u||^2 <= omega ||u||^2 with
+    E||(1/n) sum Q_i(u) - u||^2 <= theta ||u||^2 (docs/derivations/downlink.md):
+
+    min{L~^2 omega, (A sqrt(omega - t) + B sqrt t)^2}, A = apart, B = together, t = min{theta, omega B^2/(A^2 + B^2)}.
+    """
+    plain = L.tilde**2 * omega
+    if L.apart is None or L.together is None:
+        return plain
+    squares = L.apart**2 + L.together**2
+    t = min(theta, omega * L.together**2 / squares) if squares > 0.0 else 0.0
+    return min(plain, (L.apart * math.sqrt(omega - t) + L.together * math.sqrt(t)) ** 2)
+
+
 def vr_diana_weights(
     gamma: float, L_minus: float, L_plus: float, omega: float, n: int, V: float, shift: float, p: float, mu: float
 ) -> tuple[float, float] | None:
@@ -324,6 +386,23 @@ def dasha_step(
     gamma = 1.0 / (L_minus + math.sqrt(X) + math.sqrt(twice * tails / (p * n)))
     cap = momentum if V == 0.0 else min(momentum, p)
     return min(gamma, cap / (2.0 * mu)) if mu > 0.0 else gamma
+
+
+def ef21_two_way_step(L_minus: float, L_plus: float, alpha: float, down: float, mu: float = 0.0) -> tuple[float, float]:
+    """(gamma, w) of EF21 on the points of EF21-P, alpha up and `down` down (docs/derivations/downlink.md):
+
+    gamma = 1 / (L_- + X + Y), X = (1 + sqrt(1-down)) (1 + sqrt r) L_+ sqrt(beta/theta), Y = L_- sqrt r, r = beta/theta
+    of `down`; under PL every beta/theta is doubled, and gamma <= min of both theta / (2 mu). w is the weight of the
+    first mean ||g_i - grad f_i||^2 in Phi_0.
+    """
+    (theta, beta), (below, fall) = ef21_constants(alpha), ef21_constants(down)
+    twice = 2.0 if mu > 0.0 else 1.0
+    root = math.sqrt(twice * fall / below)
+    X = (1.0 + math.sqrt(1.0 - down)) * (1.0 + root) * L_plus * math.sqrt(twice * beta / theta)
+    Y = L_minus * root
+    gamma = 1.0 / (L_minus + X + Y)
+    gamma = min(gamma, min(theta, below) / (2.0 * mu)) if mu > 0.0 else gamma
+    return gamma, twice * gamma / (2.0 * theta) * (1.0 + (Y / X if X > 0.0 else 0.0))
 
 
 def ef21_constants(alpha: float) -> tuple[float, float]:

@@ -6,6 +6,7 @@ interval are allowed, which is six standard deviations: a false alarm of about 1
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -16,16 +17,19 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from rich.console import Console
 from test_report import Browser, browser  # noqa: F401
 from typer.testing import CliRunner
 
 import shoal
 from shoal.cli import app, main
-from shoal.compressors import Correlated, Independent, PermK, RandK, TopK
+from shoal.compressors import Correlated, CorrelatedOffset, Eden, Grid, Independent, PermK, RandK, Rotated, TopK
+from shoal.compressors.drive import DISTORTION
 from shoal.errors import ConfigError, DataError
 from shoal.experiments import bench, vectors
 from shoal.experiments.mean import mean_estimation
 from shoal.experiments.measurement import bias_z, interval
+from shoal.report import choice, mean_text
 from shoal.report import mean as page
 
 
@@ -137,7 +141,8 @@ def test_unreadable_files(tmp_path):
 def test_errors_that_are_known_exactly(family):
     """RandK, PermK and Independent have bounds with equality; correlated quantization has an exact formula."""
     tight = [RandK(3), PermK(), Independent()]
-    correlated = [Correlated(), Correlated("own"), Correlated("max")]
+    correlated = [Correlated(), Correlated("own"), Correlated("max"), Correlated(blocks=2)]
+    correlated += [CorrelatedOffset(), CorrelatedOffset("even", levels=3)]
     for n, d in ((5, 24), (4, 65)):
         rows = rows_of(zoo.inputs(family, n, d), [*tight, *correlated], 160)
         for compressor in tight:
@@ -257,6 +262,55 @@ def test_the_defaults_are_unbiased_and_fit():
         assert all(row.bias == "none seen" for row in rows.values())
 
 
+# ------------------------------------------------------------------------------------------------ the papers' figures
+def errors_of(family: str, compressors: list, clients: list[int], d: int, rounds: int) -> dict[str, list]:
+    """Of each compressor its measurements along the sweep of n."""
+    points = [vectors.made(family, n, d, swept=n) for n in clients]
+    result = mean_estimation(points, compressors, rounds, sweep="n")
+    return {rows[0].compressor: list(rows) for rows in zip(*(point.rows for point in result.points), strict=True)}
+
+
+def slope(clients: list[int], rows: list) -> float:
+    return float(np.polyfit(np.log(clients), np.log([row.error for row in rows]), 1)[0])
+
+
+@pytest.mark.slow
+def test_correlated_errors_fall_twice_as_fast():
+    """arXiv:2203.04925 on equal vectors: 1/n^2 against 1/n; 60 rounds of 1024 coordinates are good for 0.02."""
+    clients = [4, 16, 64]
+    codes = [Correlated(), Correlated(levels=4), Rotated(Correlated()), Grid(), Rotated(Grid())]
+    found = errors_of("identical", codes, clients, 1024, 60)
+    for name, rows in found.items():
+        assert slope(clients, rows) == pytest.approx(-2.0 if "Correlated" in name else -1.0, abs=0.1), name
+    for row in [*found["Correlated()"], *found["Correlated(levels=4)"]]:
+        assert near(row, row.exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gaussian", "lognormal"])
+def test_edens_error_is_the_distortions(family):
+    """arXiv:2108.08842: n error = 1 / (1 - D_b) - 1 for every vector, and below one bit with p of them kept.
+
+    That is the law for uniform rotations and high dimension: 1/d, 0.1% here, is allowed on top of six standard errors.
+    """
+    bits = [0.25, 1, 2, 4, 8]
+    codes = [Eden(b) for b in bits]
+    for rows, b in zip(errors_of(family, codes, [2, 8], 1024, 60).values(), bits, strict=True):
+        kept = min(b, 1) * (1.0 - DISTORTION[max(1, int(b))])
+        for n, row in zip((2, 8), rows, strict=True):
+            assert abs(n * row.error - (1 / kept - 1)) <= n * 3 * (row.high - row.error) + 2e-3 / kept, (n, b)
+
+
+@pytest.mark.slow
+def test_eden_is_below_rotated_rounding():
+    """At the same bits, on skewed vectors: by a factor of 3 or more at 4 bits, and by more for fewer."""
+    codes = [Eden(b) for b in (1, 2, 4)] + [Rotated(Grid(2**b)) for b in (1, 2, 4)]
+    rows = [rows[0] for rows in errors_of("lognormal", codes, [8], 1024, 60).values()]
+    ratios = [plain.low / eden.high for eden, plain in zip(rows[:3], rows[3:], strict=True)]
+    assert ratios == sorted(ratios, reverse=True)
+    assert ratios[-1] > 3
+
+
 # ------------------------------------------------------------------------------------------------ what is written
 def as_record(result):
     points = [{**vars(point), "rows": [vars(row) for row in point.rows]} for point in result.points]
@@ -293,6 +347,68 @@ def test_choices_grow_with_the_budget(swept):
         assert all(choice.best["bias"] == "none seen" for choice in picked)
 
 
+def synthetic(name: str, bits: float, error: float, half: float = 0.01, bias: str = "none seen") -> dict:
+    return {"compressor": name, "bits": bits, "bias": bias, "error": error, "exact": None,
+            "low": error * (1 - half), "high": error * (1 + half)}  # fmt: skip
+
+
+def along(**errors: list[float]) -> list[dict]:
+    """Points of a sweep: `a1=[..]` is a compressor "a" of 1 bit with these errors."""
+    count = len(next(iter(errors.values())))
+    return [
+        {"swept": 10.0**i, "rows": [synthetic(key[0], float(key[1:]), values[i]) for key, values in errors.items()]}
+        for i in range(count)
+    ]
+
+
+def test_the_map_of_choices():
+    points = along(a1=[1, 1, 1], b1=[2, 0.5, 1.001], c2=[3, 3, 0.1], d4=[5, 5, 5])
+    points[0]["rows"].append(synthetic("e", 1, 0.01, bias="found"))
+    budgets, cells = choice.choice_map(points)
+    assert budgets == [1.1, 2.1]
+    assert [[c.best["compressor"] for c in row] for row in cells] == [["a", "a"], ["b", "b"], ["a", "c"]]
+    assert [row[0].rivals for row in cells] == [[], [], ["b"]]
+    assert choice.winners(points) == ["a", "b", "c"]
+    assert choice.choice_map([{"swept": 1.0, "rows": [synthetic("e", 1, 1.0, bias="stated")]}]) == ([], [[]])
+
+
+def test_where_compressors_change_places():
+    points = along(a1=[1, 1, 1, 1], b1=[0.1, 0.2, 1.005, 3], c1=[9, 9, 9, 9], d8=[0.01] * 4, e2=[3, 0.1, 3, 0.1])
+    said = choice.crossings(points, "n", ["a", "b", "c", "d", "e"])
+    assert said[0] == "b beats a up to n 10 and loses to it at n 1000; not told apart at n 100."
+    assert "a beats c at every n here." in said
+    assert "a beats e at n 1, 100 and loses to it at n 10, 1000." in said
+    assert not any("d" in line.split() for line in said)  # eight times the bits: another question
+    assert choice.crossings(points, "spread", ["a", "b"])[0].startswith("b (1 bit) beats a (1 bit) up to spread 10")
+
+
+def test_errors_on_the_theory_line():
+    rows = [synthetic("a", 1, 1.0) | {"exact": exact} for exact in (1.02, 1.0, 1.1)]
+    assert choice.on_the_line([{"rows": rows}]).startswith("2 of 3 errors")
+    assert choice.on_the_line([{"rows": [synthetic("a", 1, 1.0)]}]) is None
+    assert choice.on_the_line([{"rows": [synthetic("a", 1, 1e-15) | {"exact": 0.0}]}]).startswith("1 of 1")
+
+
+def test_eighty_columns(swept):
+    """Of the default compressors along six points too."""
+    points = [vectors.made(f"near-identical:{s}", 16, 64, swept=s) for s in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)]
+    result = mean_estimation(points, None, 2, sweep="spread")
+    record = json.loads(json.dumps(as_record(result) | {"leaders": result.leaders}))
+    assert 3 <= len(record["leaders"]) <= 10
+    for shown in (record, page.load(swept)):
+        console = Console(width=80, file=io.StringIO())
+        mean_text.print_means(shown, console)
+        lines = console.file.getvalue().splitlines()
+        assert max(map(len, lines)) <= 80
+        assert not any("…" in line for line in lines)
+        assert any(line.startswith("A  ") for line in lines)
+
+
+def test_two_digits_take_six_characters():
+    for error in (0.0, 1e-13, 9.96e-12, 1.23e-7, 0.000999, 0.0012345, 0.9999, 12.34, 99999.0, 123456.0, 3.4e5, 1.2e38):
+        assert len(mean_text.two_digits(synthetic("a", 1, error))) <= 6
+
+
 def test_the_page_loads_nothing(swept):
     text = (swept / "report.html").read_text()
     shown = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
@@ -316,6 +432,9 @@ def test_the_page_in_a_browser(browser: Browser, swept, width, height):  # noqa:
     facts = browser.open(swept / "report.html", width, height)
     assert facts["overflow"] == "0"
     assert int(facts["drawn"]) > 12
+    before = int(browser.js("document.querySelectorAll('#sweep-plot .scatterlayer .trace').length"))
+    browser.js("document.querySelector('#legend [aria-pressed=\"true\"]').click()")  # gray: its band and bound go
+    assert int(browser.js("document.querySelectorAll('#sweep-plot .scatterlayer .trace').length")) < before
     browser.js("document.querySelector('[data-point=\"2\"]').click()")
     assert browser.js("document.querySelector('[data-point=\"2\"]').getAttribute('aria-pressed')") == "true"
 

@@ -26,7 +26,7 @@ from shoal.core import Method, Problem, Round
 from shoal.descents import Step
 from shoal.errors import ConfigError
 from shoal.kernels import Draw, cpu
-from shoal.methods import DCGD, EF21, GD, Dasha, Diana, Marina, VRDiana
+from shoal.methods import DCGD, EF21, GD, Dasha, Diana, Marina, TwoWayEF21, TwoWayMarina, VRDiana
 from shoal.runtimes import Local, rounds
 from shoal.theory import AB
 
@@ -190,6 +190,8 @@ def potential(method: Method, problem: Problem, gamma: float, pl: bool) -> float
         return delta + method.step_size(setting(problem, pl=pl)).constants["weight"] * squares
     if isinstance(method, Diana):  # (gamma omega / (n shift)) mean ||grad f_i(x^0) - h_i^0||^2, and h_i^0 = 0
         return delta + twice * gamma * method.compressor.omega(problem.d) / (problem.n * method.shift) * squares
+    if isinstance(method, TwoWayEF21):  # the weight of mean ||g_i^0 - grad f_i(x^0)||^2, for what C leaves of them
+        return delta + method.step_size(setting(problem, pl=pl)).start * squares
     if isinstance(method, EF21):  # gamma / (2 theta) mean ||g_i^0 - grad f_i(x^0)||^2, and g_i^0 = C(grad f_i(x^0))
         alpha = method.step_size(setting(problem)).constants["alpha"]  # of a client that may not be asked
         return delta + twice * gamma / (2 * (1 - math.sqrt(1 - alpha))) * (1 - alpha) * squares
@@ -197,7 +199,8 @@ def potential(method: Method, problem: Problem, gamma: float, pl: bool) -> float
 
 
 def paths(method: Method, problem: Problem, gamma: float) -> list[torch.Tensor]:
-    sure = isinstance(method, GD) or isinstance(method.compressor, Dense | TopK) or getattr(method, "p", None) == 1.0
+    code = getattr(method, "compressor", None)
+    sure = isinstance(method, GD) or isinstance(code, Dense | TopK) or getattr(method, "p", None) == 1.0
     sure = sure and getattr(method, "clients", None) is None
     return [iterates(method, problem, gamma, LENGTH, seed) for seed in range(1 if sure else SEEDS)]
 
@@ -354,7 +357,7 @@ def test_everyone_derives_the_same_code(method):
         codes = {ready.code(rnd) for rnd in [*hosts, hosts[0].server(), replace(hosts[0], agreed=1.0)]}
         assert len(codes) == 1
         seen[codes.pop()] += 1
-    if isinstance(ready, Marina):
+    if isinstance(ready, Marina | TwoWayMarina):
         assert ready.code(Round.full(0, 3, 5)) == Dense(), "round 0 sends whole gradients"
         p, heads = ready.p, seen[Dense()] - (ready.compressor != Dense())
         if 0 < p < 1 and ready.compressor != Dense():

@@ -106,10 +106,11 @@ def test_constants_that_were_measured_are_marked():
 
 # ------------------------------------------------------------------------------------------------ ranking
 def test_every_part_of_the_library_is_a_candidate():
-    """But PerLayer, whose layers only the user knows; Dense is GD."""
+    """But PerLayer, whose layers only the user knows, and methods whose downlink is compressed: the plan ranks by bits
+    up. Dense is GD."""
     found = candidates(8, 64, samples=20.0)
     text = " ".join(repr(method) for method in found)
-    assert {type(m).__name__ for m in found} == set(methods.__all__)
+    assert {type(m).__name__ for m in found} == set(methods.__all__) - {"MarinaP", "TwoWayEF21", "TwoWayMarina"}
     assert {name for name in compressors.__all__ if f"{name}(" not in text} == {"PerLayer", "Dense"}
     assert len(found) == len(set(found))
     for n, d in ((1, 1), (1, 9), (7, 3)):

@@ -17,16 +17,19 @@ NAMES = {
     shoal: [
         "DCGD", "EF21", "GD", "QSGD", "Autoencoder", "Bernoulli", "Classification", "Coded", "Composed", "Correlated",
         "CorrelatedOffset", "Dasha", "Dense", "Diana", "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina",
-        "MeanEstimate", "Module", "Natural", "NaturalDithering", "PPMarina", "PerLayer", "PermK", "Quadratics",
-        "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "VRDiana", "VRMarina",
-        "mean_estimation", "simulate",
+        "MarinaP", "MeanEstimate", "Module", "Natural", "NaturalDithering", "PPMarina", "PerLayer", "PermK",
+        "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "TwoWayEF21",
+        "TwoWayMarina", "VRDiana", "VRMarina", "mean_estimation", "simulate",
     ],
     compressors: [
         "QSGD", "Bernoulli", "Coded", "Composed", "Correlated", "CorrelatedOffset", "Dense", "Drive", "Eden", "Grid",
         "Independent", "LowRank", "Natural", "NaturalDithering", "PerLayer", "PermK", "RandK", "Rotated", "Scaled",
         "Sign", "Ternary", "TopK",
     ],
-    methods: ["DCGD", "EF21", "GD", "Dasha", "Diana", "Marina", "PPMarina", "VRDiana", "VRMarina"],
+    methods: [
+        "DCGD", "EF21", "GD", "Dasha", "Diana", "Marina", "MarinaP", "PPMarina", "TwoWayEF21", "TwoWayMarina",
+        "VRDiana", "VRMarina",
+    ],
     problems: ["Autoencoder", "Classification", "Module", "Quadratics", "estimated", "measured_pm"],
     errors: [
         "BadMagic", "CheckpointCorrupt", "CheckpointError", "ChecksumError", "ConfigError", "ConfigMismatch",

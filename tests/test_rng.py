@@ -106,7 +106,7 @@ STREAMS = {
 STREAMS |= {f"CorrelatedOffset.{name}" for name in ("bits", "offsets", "places", "shifts", "ties")}
 STREAMS |= {"Bernoulli.coin", "Natural.bits", "NaturalDithering.levels", "Ternary.levels", "Ternary.ties"}
 STREAMS |= {"Classification.batch", "Dasha.coin", "EF21.clients", "PPMarina.clients", "VRDiana.coin"}
-STREAMS |= {"Autoencoder.start", "Module.dropout", "curvature.start"}
+STREAMS |= {"Autoencoder.start", "MarinaP.coin", "Module.dropout", "curvature.start"}
 
 
 def strings(nodes: list[ast.expr]) -> Iterator[ast.expr]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -23,9 +23,19 @@ from shoal.descents import Step
 from shoal.errors import ConfigError
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.methods import EF21, Dasha, Marina, PPMarina, VRDiana, VRMarina
+from shoal.methods.pp_marina import drawable
 from shoal.problems import Classification
 from shoal.runtimes import Local, rounds
-from shoal.theory import dasha_step, drawn, gamma_clients, gamma_samples, step_size, vr_diana_step, vr_diana_weights
+from shoal.theory import (
+    by_smoothness,
+    dasha_step,
+    drawn,
+    gamma_clients,
+    gamma_samples,
+    step_size,
+    vr_diana_step,
+    vr_diana_weights,
+)
 from shoal.wire import HEADER
 
 IDS = torch.arange(5)
@@ -300,7 +310,7 @@ def test_all_clients_are_marina_to_the_bit(code):
 def test_cohorts(replacement):
     """None on heads; on tails ascending ids, each client as often as any other, whoever asks; without replacement, no
     client twice."""
-    method, seen = PPMarina(RandK(3), p=0.2, clients=3, replacement=replacement), []
+    method, seen = PPMarina(RandK(3), p=0.2, clients=3, odds="even" if replacement else None), []
     for k in range(600):
         asked = [method.cohort(Round.full(k, 1, 5, torch.tensor(ids))) for ids in ([0, 1, 2, 3, 4], [4])]
         assert (asked[0] is None) == (asked[1] is None) == (method.code(Round.full(k, 1, 5)) == Dense())
@@ -323,7 +333,7 @@ def test_recursion_of_pp_marina(code, replacement):
     """E||g+ - grad f(x+)||^2 <= (1-p) (||g - grad f(x)||^2 + Gamma ||x+ - x||^2), over compressors and cohorts; before
     smoothness enters it is an equality for RandK and PermK."""
     x, ahead, before, after = two_points()
-    method, kinds = PPMarina(code, p=0.25, clients=3, replacement=replacement), inspect.getmodule(PPMarina)
+    method, kinds = PPMarina(code, p=0.25, clients=3, odds="even" if replacement else None), inspect.getmodule(PPMarina)
     server = kinds.Server(before.mean(0) + torch.linspace(-0.02, 0.03, MIXED.d))
     g = estimates_on(MIXED, method, server, kinds.Worker(x), ahead, 500)[0]
     mean, error = mean_and_error(((g - after.double().mean(0).numpy()) ** 2).sum(1))
@@ -342,11 +352,75 @@ def test_recursion_of_pp_marina(code, replacement):
             assert mean >= 0.75 * (start + lost) - error
 
 
+ODDS = (0.4, 0.1, 0.2, 0.05, 0.25)
+
+
+def test_odds_are_drawn_exactly():
+    """Multiples of 2^-32 with the sum 1, next to what was asked; and as often in cohorts, whoever asks."""
+    for odds in (ODDS, (1.0,), by_smoothness((5.0, 0.0, 1e-9, 3.0)), by_smoothness(range(1, 300))):
+        ends, exact = drawable(odds)
+        assert ends[-1] == 2**32
+        assert [0, *ends.tolist()] == [round(sum(exact[:i]) * 2**32) for i in range(len(odds) + 1)]
+        assert max(abs(q - asked) for q, asked in zip(exact, odds, strict=True)) <= 2.0**-31
+        assert drawable(exact)[1] == exact
+        assert min(exact) > 0
+    method, counts = PPMarina(RandK(3), p=2.0**-20, clients=3, odds=ODDS), torch.zeros(5)
+    for k in range(1, 601):
+        asked = [method.cohort(Round.full(k, 1, 5, torch.tensor(ids))) for ids in ([0, 1, 2, 3, 4], [4])]
+        assert torch.equal(*asked)
+        assert asked[0].tolist() == sorted(asked[0].tolist())
+        counts += torch.bincount(asked[0], minlength=5)
+    q = np.array(ODDS)
+    assert np.all(np.abs(counts.numpy() / 1800 - q) <= SIX * np.sqrt(q * (1 - q) / 1800))
+
+
+@pytest.mark.parametrize("code", [RandK(3), PermK()], ids=repr)
+def test_recursion_with_odds(code):
+    """E||g+ - grad f(x+)||^2 = (1-p) (||g - grad f(x)||^2 + (a-b) M + (b + (1-b)/r) S) with the weighted M and S."""
+    x, ahead, before, after = two_points()
+    ready = PPMarina(code, p=0.25, clients=3, odds="smoothness").resolved(setting(MIXED))
+    server = inspect.getmodule(PPMarina).Server(before.mean(0) + torch.linspace(-0.02, 0.03, MIXED.d))
+    g = estimates_on(MIXED, ready, server, inspect.getmodule(PPMarina).Worker(x), ahead, 500)[0]
+    mean, error = mean_and_error(((g - after.double().mean(0).numpy()) ** 2).sum(1))
+    start = float((server.g.double() - before.double().mean(0)).square().sum())
+    moved, q = (after - before).double().numpy(), np.array(ready.odds)
+    M = (np.square(moved).sum(1) / q).sum() / 25
+    S, ab = M - np.square(moved.mean(0)).sum(), code.ab(3, MIXED.d)
+    lost = (ab.a - ab.b) * M + (ab.b + (1 - ab.b) / 3) * S
+    assert abs(mean - 0.75 * (start + lost)) <= error
+    step = ready.step_size(setting(MIXED)).constants
+    dx = float((ahead - x).double().square().sum())
+    assert step["Gamma"] == gamma_clients(ab, MIXED.smoothness().weighted(ready.odds), 1 / 3)
+    assert lost <= step["Gamma"] * dx * (1 + 1e-6)
+    assert step["Gamma"] < PPMarina(code, p=0.25, clients=3, odds="even").step_size(setting(MIXED)).constants["Gamma"]
+
+
+def test_odds_that_are_refused():
+    for make, said in (
+        (lambda: PPMarina(RandK(3), clients=2, odds=(0.5, 0.4)), "with the sum 1"),
+        (lambda: PPMarina(RandK(3), clients=2, odds=(1.0, 0.0)), "at least 2\\^-32"),
+        (lambda: PPMarina(RandK(3), clients=2, odds=(1.0, 1e-11)), "at least 2\\^-32"),
+        (lambda: PPMarina(RandK(3), clients=2, odds=[0.5, 0.5]), "a tuple of one number"),
+        (lambda: PPMarina(RandK(3), clients=2, odds=ODDS).check(4, 12), "n=4"),
+        (lambda: trace(MIXED, PPMarina(RandK(3), p=0.3, clients=2, odds="smoothness")), "not resolved"),
+        (
+            lambda: PPMarina(RandK(3), clients=2, odds="smoothness").resolved(
+                replace(setting(MIXED), smoothness=replace(MIXED.smoothness(), each=()))
+            ),
+            "does not state its L_i",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            make()
+    text = compact(PPMarina(RandK(3), clients=2, odds=(0.25, 0.75)))
+    assert parse(text, known_names(), Method) == PPMarina(RandK(3), clients=2, odds=(0.25, 0.75))
+
+
 def test_step_size_of_pp_marina():
     """(omega L_+^2 + L_±^2)/r with replacement, never more than the paper's (1 + omega) L~^2 / r; less without."""
     s, steps = MIXED.smoothness(), {}
     for replacement in (True, False):
-        step = PPMarina(RandK(3), p=0.2, clients=2, replacement=replacement).step_size(setting(MIXED))
+        step = PPMarina(RandK(3), p=0.2, clients=2, odds="even" if replacement else None).step_size(setting(MIXED))
         share = 1 / 2 if replacement else 3 / 8
         Gamma = 3 * s.plus**2 / 2 + share * s.pm**2
         assert 4 * s.tilde**2 / 2 >= Gamma
@@ -383,14 +457,14 @@ def test_wrong_cohorts_are_refused():
     for make, said in (
         (lambda: PPMarina(RandK(3), clients=0), "clients=0"),
         (lambda: PPMarina(RandK(3), clients=True), "clients=True"),
-        (lambda: PPMarina(RandK(3), clients=2, replacement=1), "replacement=1"),
+        (lambda: PPMarina(RandK(3), clients=2, odds="odd"), "odds='odd'"),
         (lambda: PPMarina(TopK(3), clients=2), "EF21"),
-        (lambda: PPMarina(RandK(3), clients=6).check(5, 12), "replacement=True"),
+        (lambda: PPMarina(RandK(3), clients=6).check(5, 12), "odds='even'"),
         (lambda: PPMarina(RandK(13), clients=2).check(5, 12), "1..12"),
     ):
         with pytest.raises(ConfigError, match=said):
             make()
-    PPMarina(RandK(3), clients=6, replacement=True).check(5, 12)
+    PPMarina(RandK(3), clients=6, odds="even").check(5, 12)
     text = compact(PPMarina(RandK(3), clients=2))
     assert text == "PPMarina(RandK(3), clients=2)"
     assert parse(text, known_names(), Method) == PPMarina(RandK(3), clients=2)

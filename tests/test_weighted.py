@@ -7,10 +7,12 @@ import math
 
 import numpy as np
 import pytest
-from zoo import FAMILIES, inputs
+import torch
+from zoo import FAMILIES, PROBLEMS, inputs
 
 from shoal.compressors import QSGD, Independent, RandK
-from shoal.theory import AB, Constant, Smoothness, WeightedAB, weighted_independent, weighted_sampling
+from shoal.problems import Classification, Quadratics
+from shoal.theory import AB, Constant, Smoothness, WeightedAB, by_smoothness, weighted_independent, weighted_sampling
 
 
 def bound(ab: WeightedAB, u: np.ndarray) -> float:
@@ -64,6 +66,44 @@ def test_weights_by_smoothness_need_only_the_mean():
     w = L / L.sum()
     assert math.sqrt((L**2 / (9 * w)).sum()) == pytest.approx(L.mean())
     assert L.mean() <= math.sqrt((L**2).mean())
+
+
+@pytest.mark.parametrize("problem", PROBLEMS[:5], ids=repr)
+def test_weighted_constants_of_problems(problem):
+    """L_{+,w} and L_{±,w} hold along random directions, for w of the L_i, even and odd weights; quadratics reach them
+    at eigenvectors of their common matrix. Each L_i holds for its client."""
+    L, rng, ids = problem.smoothness(), np.random.default_rng(0), torch.arange(5)
+    weights = [by_smoothness(L.each), (0.2,) * 5, (0.4, 0.1, 0.2, 0.05, 0.25)]
+    found = [L.weighted(w) for w in weights]
+    assert found[0].plus <= L.plus_w * (1 + 1e-12) <= np.mean(L.each) * (1 + 1e-2)
+    assert max(L.each) == pytest.approx(L.max)
+    j = np.arange(1, 13)
+    best = [[0.0, 0.0] for _ in weights]
+    for direction in [*np.sin(np.outer(j, j) * np.pi / 13), *rng.normal(size=(30, 12))]:
+        for size in (0.3, 3.0):
+            x = torch.from_numpy(rng.normal(size=12)).float()
+            y = x + size * torch.from_numpy(direction).float()
+            moved = (problem.evaluate(y, ids)[1] - problem.evaluate(x, ids)[1]).double().numpy()
+            far, squares = float((y - x).double().square().sum()), np.square(moved).sum(1)
+            assert np.all(squares <= np.square(L.each) * far * (1 + 1e-4) + 1e-10)
+            for known, w, top in zip(found, weights, best, strict=True):
+                M = (squares / (25 * np.array(w))).sum() / far
+                S = M - np.square(moved.mean(0)).sum() / far
+                assert known.plus**2 * (1 + 1e-4) + 1e-10 >= M  # float32 gradients
+                assert known.pm**2 * (1 + 1e-4) + 1e-6 >= S
+                top[:] = max(top[0], M), max(top[1], S)
+    if isinstance(problem, Quadratics):
+        assert best[0] == pytest.approx([L.plus_w**2, L.pm_w**2], rel=1e-3, abs=1e-6)
+        assert best[1] == pytest.approx([L.plus**2, L.pm**2], rel=1e-3, abs=1e-6)
+
+
+def test_clients_without_curvature():
+    """They are drawn all the same; and where none has any, odds are even."""
+    assert by_smoothness((0.0, 0.0)) == (0.5, 0.5)
+    assert min(by_smoothness((1.0, 0.0, 1.0))) == pytest.approx(1e-3 / 3, rel=1e-2)
+    flat = Classification(np.zeros((4, 2)), np.array([1, -1, 1, -1]), [np.arange(2), np.arange(2, 4)], lam=0.0)
+    L = flat.smoothness()
+    assert (L.plus_w, L.pm_w, L.each) == (0.0, 0.0, (0.0, 0.0))
 
 
 def test_equal_weights_are_the_plain_inequality():

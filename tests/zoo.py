@@ -44,7 +44,20 @@ from shoal.compressors.correlated import agree_locally
 from shoal.core import Channel, Compressor, Messages, Method, Problem, Round, State
 from shoal.descents import Step
 from shoal.errors import ConfigError
-from shoal.methods import DCGD, EF21, GD, Dasha, Diana, Marina, PPMarina, VRDiana, VRMarina
+from shoal.methods import (
+    DCGD,
+    EF21,
+    GD,
+    Dasha,
+    Diana,
+    Marina,
+    MarinaP,
+    PPMarina,
+    TwoWayEF21,
+    TwoWayMarina,
+    VRDiana,
+    VRMarina,
+)
 from shoal.problems import Autoencoder, Classification, Module, Quadratics
 from shoal.runtimes import Local, rounds
 from shoal.theory import Setting
@@ -199,9 +212,15 @@ METHODS: list[Method] = [
     EF21(TopK(3), clients=2),
     EF21(Scaled(RandK(3)), clients=4),
     PPMarina(QSGD(3), p=0.3, clients=2),
-    PPMarina(PermK(), p=0.3, clients=3, replacement=True),
+    PPMarina(PermK(), p=0.3, clients=3, odds="even"),
     PPMarina(Correlated(), p=0.3, clients=2),
     VRDiana(QSGD(3), shift=0.1),
+    PPMarina(QSGD(3), p=0.3, clients=3, odds="smoothness"),
+    MarinaP(PermK(), p=0.3),
+    TwoWayMarina(Correlated(), downlink=PermK(), p=0.3),
+    TwoWayMarina(RandK(3), downlink=Coded(QSGD(1)), p=0.3),
+    TwoWayEF21(TopK(3), downlink=TopK(3)),
+    TwoWayEF21(Rotated(TopK(3)), downlink=Scaled(RandK(3)), clients=3),
 ]
 
 
@@ -277,5 +296,9 @@ def jobs() -> dict[str, Callable[[Callable[[], Channel]], dict[str, object]]]:
     on_data = [GD(), Diana(QSGD(3)), Marina(Correlated(), p=0.3), Marina(PermK(), p=0.3), EF21(TopK(3))]
     on_data += [VRMarina(Correlated(), p=0.3, batch=2, large=5), VRDiana(QSGD(3), batch=2, p=0.3)]
     on_data += [Dasha(QSGD(3), batch=2, p=0.3), EF21(TopK(3), clients=3)]
+    downlinks = [MarinaP(RandK(3), p=0.3), TwoWayMarina(Correlated(), downlink=PermK(), p=0.3)]
+    downlinks += [TwoWayEF21(TopK(3), downlink=TopK(3))]
     pairs = [(MIXED, m) for m in METHODS] + [(p, m) for p in PROBLEMS[3:] for m in on_data]
+    # Clients off on their own diverge at this step where gradients grow like cubes, as the autoencoder's do.
+    pairs += [(p, m) for p in PROBLEMS[3:5] for m in downlinks]
     return {f"{problem!r} {method!r}": job(problem, method) for problem, method in pairs}

@@ -23,6 +23,7 @@ from shoal.errors import ShoalError
 from shoal.experiments import sweep as sweeps
 from shoal.experiments.expressions import known_names
 from shoal.report import mean as means
+from shoal.report import mean_text
 from shoal.runtimes.replicated import started_by_torchrun
 
 __all__ = ["app", "bench", "main", "mean", "plan", "race", "reproduce", "run", "sweep"]
@@ -37,7 +38,7 @@ def report_command(
         sweep.show(folder)
         return
     if means.is_mean(folder):
-        means.print_means(means.load(folder), out_console)
+        mean_text.print_means(means.load(folder), out_console)
         page = means.write(folder)
     else:
         report.print_leaderboard(report.load(folder), out_console)

@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from shoal.cli.options import With, again, app, err_console, new_folder, out_console
 from shoal.errors import ConfigError
@@ -20,6 +20,7 @@ from shoal.experiments.folder import make_folder
 from shoal.experiments.mean import MeanEstimate, mean_estimation
 from shoal.experiments.vectors import DRAWN, Inputs, given, made, read
 from shoal.report import mean as page
+from shoal.report import mean_text
 
 PATIENCE = 2.0  # seconds without a progress bar
 DEFAULT_DATA = "gaussian"
@@ -147,7 +148,14 @@ def _measured(
     files: Sequence[str],
 ) -> MeanEstimate:
     """The measurements, with a bar on the screen once they take longer than two seconds."""
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=err_console)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=err_console, speed_estimate_period=600.0)  # compressors differ in speed
     task, began, shown = bar.add_task("", total=1.0), time.monotonic(), False
 
     def progress(label: str, share: float) -> None:
@@ -166,7 +174,7 @@ def _measured(
 
 
 def _close(folder: Path) -> None:
-    page.print_means(page.load(folder), out_console)
+    mean_text.print_means(page.load(folder), out_console)
     out_console.print(f"all of it: {escape(str(folder))}", highlight=False, soft_wrap=True)
     try:
         written = page.write(folder)

@@ -331,7 +331,7 @@ def exact_error(u: np.ndarray, r: np.ndarray, levels: int = 2, strata: int | Non
     """E||(1/m) sum_i C_i(u_i) - ubar||^2 of correlated rounding of u (m, d) onto `levels` points over [-r_i, r_i].
 
     strata = n >= m: how many clients were expected, whichever m of them arrived (default: m, all of them). Exact for
-    any inputs and scales, in O(m n d): `strata_error`.
+    any inputs and scales, in O((m + n) d): `strata_error`.
     """
     u, r = np.asarray(u, np.float64), np.asarray(r, np.float64)
     step = 2.0 * r / (levels - 1)

@@ -46,6 +46,10 @@ class PermK(Compressor):
         t = d * q * (d * (q - 1) + 2 * r) / (n * (n - 1))
         return AB((d - t) / n, 1.0 - t, source="PermK, d < n (docs/derivations/compressors.md)")
 
+    def alone(self, n: int, d: int) -> float:
+        """min(n, d) - 1, with equality: each coordinate is sent with probability 1/min(n, d), times that number."""
+        return min(n, d) - 1.0
+
     def present(self, n: int, d: int, m: int) -> AB:
         """Of the mean over the m of n clients that arrived: A = (min(n, d) - t)/m, B = 1 - t, with equality.
 

@@ -70,7 +70,7 @@ class Conditional(Compressor):
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("omega", "alpha", "ab") and self._states(name):
+        if name in ("omega", "alpha", "ab", "alone") and self._states(name):
             return getattr(self, f"_{name}")
         raise AttributeError(f"{type(self).__name__} object has no attribute {name!r}")
 
@@ -156,6 +156,10 @@ class Rotated(Conditional):
         if isinstance(self.inner, Grid):
             return min(omega, (2.0 * math.log(2 * D) + 2.0) / (self.inner.levels - 1) ** 2)
         return omega
+
+    def _alone(self, n: int, d: int) -> float:
+        """That of `inner` at D coordinates."""
+        return self.inner.alone(n, padded(d))  # type: ignore[attr-defined]
 
     def _alpha(self, d: int) -> float:
         """That of `inner` at D coordinates."""

@@ -77,6 +77,11 @@ class Composed(Compressor):
             raise AttributeError("omega")  # PermK states none: its clients' errors are correlated
         return lambda d: (1 + outer.omega(d)) * (1 + self.inner.omega(kept(outer.k, d, "RandK"))) - 1
 
+    def alone(self, n: int, d: int) -> float:
+        """(1 + outer's) (1 + omega_inner) - 1, with the largest omega_inner of the lengths that occur."""
+        inner = max(self.inner.omega(length) for length in set(self._lengths(n, d)))
+        return self._gain(n, d) * (1.0 + inner) - 1.0
+
     def ab(self, n: int, d: int) -> AB:
         """RandK: A = omega/n, B = 0. PermK, d >= n: A = 1 + omega_inner(ceil(d/n)) (for one that grows), B = 1.
 

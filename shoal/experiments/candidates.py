@@ -120,7 +120,7 @@ def fits(compressor: Compressor, n: int, d: int) -> bool:
 
 
 def candidates(n: int, d: int, samples: float = 1.0) -> list[Method]:
-    """Every method with every compressor that fits; minibatches where clients have more than one sample.
+    """Methods with a dense downlink and every compressor that fits; minibatches where clients have several samples.
 
     Cohorts of PP-MARINA and EF21: n/2 and n/4, around PermK, RandK and a quantizer inside PermK, and around TopK.
     """

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -33,11 +33,14 @@ if TYPE_CHECKING:
 
 PARAMETERS = (
     "RandK(0.03125)", "QSGD(1)", "QSGD(7)", "Correlated()", "Correlated('own')", "Correlated(levels=4)",
-    "Correlated(levels=16)", "Grid()", "Rotated(Grid())", "Rotated(Grid(16))", "Drive(numerical=True)",
-    "Eden(2, numerical=True)", "Eden(4, numerical=True)", "Composed(PermK(), QSGD(7))",
+    "Correlated(levels=16)", "Correlated(blocks=4)", "Rotated(Correlated())", "Grid()", "Rotated(Grid())",
+    "Rotated(Grid(16))", "Drive(numerical=True)", "Eden(2, numerical=True)", "Eden(4, numerical=True)",
+    "Composed(PermK(), QSGD(7))",
 )  # fmt: skip
 WORK = 200_000_000  # client-coordinates of one compressor, over all points, that the default number of rounds asks for
 FEWEST, MOST = 8, 200  # rounds, by default
+LED = 10  # compressors with a color of their own
+GRAY = "#c9d0d7"
 Progress = Callable[[str, float], None]  # (what is being measured, the share of all work that is done)
 
 
@@ -63,6 +66,17 @@ class MeanEstimate:
     rounds: int
     seed: int
     sweep: str | None = None
+
+    @property
+    def leaders(self) -> list[str]:
+        """Whom figures show in color: at most `LED`, the most often among the three best for 1/16, 1/8, .. 32 bits."""
+        score: dict[str, int] = {}
+        for point in self.points:
+            sound = sorted((row for row in point.rows if row.bias == "none seen"), key=lambda row: row.error)
+            for budget in (1.1 * 2.0**k for k in range(-4, 6)):
+                for place, row in enumerate([row for row in sound if row.bits <= budget][:3]):
+                    score[row.compressor] = score.get(row.compressor, 0) + 3 - place
+        return sorted(score, key=lambda name: -score[name])[:LED]
 
     def table(self) -> pyarrow.Table:
         """A row a compressor and point, as an Arrow table (extra [report])."""
@@ -99,7 +113,7 @@ class MeanEstimate:
         make_folder(path)
         points = [asdict(point) for point in self.points]
         facts = {"format": 1, "kind": "mean", "sweep": self.sweep, "rounds": self.rounds, "seed": self.seed}
-        facts |= {"command": command, "versions": versions(), "machine": machine()}
+        facts |= {"leaders": self.leaders, "command": command, "versions": versions(), "machine": machine()}
         try:
             from pyarrow import parquet
 
@@ -202,15 +216,34 @@ def defaults(names: dict[str, type]) -> list[Compressor]:
 
 
 # ------------------------------------------------------------------------------------------------ figures
+class _Look(NamedTuple):
+    color: str
+    marker: str
+    label: str | None
+    led: bool
+
+
+def _looks(result: MeanEstimate) -> list[_Look]:
+    """Of the rows of a point: colors for the leaders, gray for the others, who share one line of the legend."""
+    leaders, looks, told = result.leaders, [], False
+    for row in result.points[0].rows:
+        if row.compressor in leaders:
+            rank = leaders.index(row.compressor)
+            looks.append(_Look(COLORS[rank], SYMBOLS[rank % len(SYMBOLS)][0], row.compressor, True))
+        else:
+            looks.append(_Look(GRAY, "o", None if told else "others", False))
+            told = True
+    return looks
+
+
 def _draw_bits(panel: Axes, result: MeanEstimate) -> None:
     (point,) = result.points
     floor = _floor(row.error for row in point.rows)
-    for i, row in enumerate(point.rows):
-        color, (marker, _) = COLORS[i % len(COLORS)], SYMBOLS[i % len(SYMBOLS)]
-        y = max(row.error, floor)
+    for look, row in zip(_looks(result), point.rows, strict=True):
+        color, y = look.color, max(row.error, floor)
         bars = [[max(0.0, y - max(row.low, floor))], [max(0.0, row.high - y)]]
-        panel.errorbar([row.bits], [y], bars, color=color, marker=marker, ls="", ms=6, capsize=3, label=row.compressor)
-        if row.bound is not None and row.bound > floor:
+        panel.errorbar([row.bits], [y], bars, color=color, marker=look.marker, ls="", ms=6, capsize=3, label=look.label)
+        if look.led and row.bound is not None and row.bound > floor:
             panel.plot([row.bits], [row.bound], "_", color=color, ms=14)
             panel.plot([row.bits, row.bits], [y, row.bound], color=color, lw=0.7, ls=":")
     panel.set_xlabel("bits a coordinate and client")
@@ -222,15 +255,20 @@ def _draw_bits(panel: Axes, result: MeanEstimate) -> None:
 def _draw_sweep(panel: Axes, result: MeanEstimate) -> None:
     floor = _floor(row.error for point in result.points for row in point.rows)
     x = [point.swept or 0.0 for point in result.points]
-    for i, rows in enumerate(zip(*(point.rows for point in result.points), strict=True)):
-        color, (marker, _) = COLORS[i % len(COLORS)], SYMBOLS[i % len(SYMBOLS)]
-        panel.plot(x, [max(r.error, floor) for r in rows], color=color, marker=marker, ms=4, label=rows[0].compressor)
+    for look, *rows in zip(_looks(result), *(point.rows for point in result.points), strict=True):
+        color, order = look.color, 2 if look.led else 1
+        y = [max(r.error, floor) for r in rows]
+        panel.plot(x, y, color=color, marker=look.marker, ms=4, label=look.label, zorder=order)
+        if not look.led:
+            continue
         low, high = [max(r.low, floor) for r in rows], [max(r.high, floor) for r in rows]
         panel.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
-        bound = [math.nan if r.bound is None or r.bound < floor else r.bound for r in rows]
-        panel.plot(x, bound, color=color, lw=0.9, ls="--")
+        for name, style in (("bound", "--"), ("exact", ":")):
+            values = [getattr(r, name) for r in rows]
+            line = [math.nan if v is None or v < floor else v for v in values]
+            panel.plot(x, line, color=color, lw=0.9, ls=style)
     panel.set_xlabel({"spread": "spread S of near-identical:S"}.get(result.sweep or "", result.sweep or ""))
-    panel.set_title("measured with 95% band, and the bound (dashed)", loc="left", size=10)
+    panel.set_title("measured with 95% band, the bound (dashed), the exact error (dotted)", loc="left", size=10)
 
 
 def _floor(errors: Iterable[float]) -> float:

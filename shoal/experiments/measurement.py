@@ -16,10 +16,9 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from shoal.compressors import Correlated
-from shoal.compressors.correlated import exact_error
 from shoal.core import Compressor, Round
 from shoal.errors import ConfigError
+from shoal.experiments.exact import exact
 from shoal.experiments.expressions import compact
 from shoal.experiments.timing import clock
 from shoal.theory import AB, independent
@@ -29,7 +28,6 @@ BATCHES = 20  # the rounds are cut into so many, for intervals and for the bias 
 BIASED, RARE = 6.0, 10.0  # a bias is found above both: see `bias_z` and `biased`
 AGREEMENT = 32  # bits up a client for a scale that all clients agree on
 DECODES = 5  # rounds in which rows are also decoded one by one, to time it
-EXACT = 30_000_000  # n^2 d up to which the exact error of correlated codes is computed
 ROUNDING = 1e-12  # normalized errors below this are float32's own
 
 
@@ -187,7 +185,8 @@ def theory(compressor: Compressor, rows: Tensor, facts: Facts, ab: AB | None) ->
     bound = (a M - b ||abar||^2 + c max ||a_i||^2) / M, the least of the inequalities stated; for a biased compressor
     1 - alpha, since ||(1/n) sum e_i||^2 <= (1/n) sum ||e_i||^2.
     """
-    found: dict[str, Any] = {"exact": exact(compressor, rows, facts)}
+    known = exact(compressor, rows)
+    found: dict[str, Any] = {"exact": None if known is None else known / facts.size}
     if ab is None:
         if hasattr(compressor, "alpha"):
             alpha = float(compressor.alpha(rows.shape[1]))
@@ -205,19 +204,3 @@ def theory(compressor: Compressor, rows: Tensor, facts: Facts, ab: AB | None) ->
 
 def _chain(ab: AB | None) -> list[AB]:
     return [] if ab is None else [ab, *_chain(ab.other)]
-
-
-def exact(compressor: Compressor, rows: Tensor, facts: Facts) -> float | None:
-    """The error of correlated quantization on these rows in units of M, where n >= 2 and n^2 d is at most `EXACT`."""
-    n, d = rows.shape
-    if not isinstance(compressor, Correlated) or n < 2 or n * n * d > EXACT:
-        return None
-    settings = {"levels": 2, "blocks": 1, **vars(compressor)}
-    if settings["blocks"] != 1:
-        return None
-    u = rows.double().numpy()
-    tops = np.abs(u).max(1)
-    scales = {"shared": np.full(n, tops.max()), "own": np.linalg.norm(u, axis=1), "max": tops}[compressor.scale]
-    width = max(1, 1_000_000 // (n * n))  # the sum over coordinates in pieces: n^2 numbers a coordinate are held
-    parts = [exact_error(u[:, j : j + width], scales, settings["levels"]) for j in range(0, d, width)]
-    return math.fsum(parts) / facts.size

@@ -109,7 +109,7 @@ def known_smoothness(
     if mu is not None and mu > minus:
         raise ConfigError(f"mu = {mu:g} > L_- = {minus:g}: mu <= L_- holds for all functions.")
     known = {"minus": minus, "plus": plus, "pm": pm, "tilde": most, "max": most} | ({} if mu is None else {"mu": mu})
-    return Smoothness(**{name: Constant(value, "bound") for name, value in known.items()})
+    return Smoothness(**{name: Constant(value, "bound") for name, value in known.items()}, each=())
 
 
 def measured_start(problem: Problem, smoothness: Smoothness, gap: float | None, target: float | None) -> Start:

@@ -56,9 +56,9 @@ def estimated(problem: Curved, points: Sequence[Vector], rounds: int = ROUNDS) -
             f"{len(points)} points, rounds={rounds}: at least one of each, for instance [problem.start()]."
         )
     found = [_at(problem, x, rounds) for x in points]
-    names = ("minus", "plus", "pm", "tilde", "max")
-    top = [max(float(f"{values[k]:.6g}") for values in found) for k in range(len(names))]
-    return Smoothness(**{name: Constant(value, "estimate") for name, value in zip(names, top, strict=True)})
+    top = (max(float(f"{value:.6g}") for value in values) for values in zip(*found, strict=True))
+    minus, plus, pm, tilde, most = (Constant(value, "estimate") for value in top)
+    return Smoothness(minus, plus, pm, tilde, most)
 
 
 def _at(problem: Curved, x: Vector, rounds: int) -> tuple[float, float, float, float, float]:

@@ -29,7 +29,7 @@ from shoal.core import Problem, Rows, Vector
 from shoal.errors import ConfigError
 from shoal.kernels import losses
 from shoal.problems import hosting
-from shoal.theory import Constant, Smoothness
+from shoal.theory import Constant, Smoothness, by_smoothness
 
 Floats = NDArray[np.float64]
 
@@ -129,9 +129,17 @@ class Quadratics(Problem):
             "max": largest.max(),
             "mu": self.lam,
         }
+        weights = np.array(by_smoothness(largest.tolist()))
+        second = (np.square(spectra) / weights[:, None]).sum(axis=0) / self.n**2
+        exact["apart"], exact["together"] = exact["pm"], exact["minus"]
+        exact["plus_w"] = math.sqrt(second.max())
+        # A variance under the weights, added as squares: no cancellation.
+        apart = np.square(spectra / (self.n * weights[:, None]) - spectra.mean(axis=0))
+        exact["pm_w"] = math.sqrt((weights[:, None] * apart).sum(axis=0).max())
         floor = self._mean_of_minima() if bool((spectra > 0).all()) else None
         known = {what: Constant(float(value), "exact") for what, value in exact.items()}
-        return Smoothness(**known, f_inf=None if floor is None else Constant(floor, "exact"))
+        least = None if floor is None else Constant(floor, "exact")
+        return Smoothness(**known, f_inf=least, each=tuple(largest.tolist()))
 
     def minimum(self) -> tuple[Floats, float]:
         """The minimizer of f (d,) float64 and f_* = f(minimizer), by one tridiagonal solve."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shoal.core import Problem
 from shoal.errors import ConfigError
-from shoal.theory import Constant, Smoothness
+from shoal.theory import Constant, Smoothness, by_smoothness
 
 DENSE = 2000  # the smaller side of a data matrix up to which its Gram matrix is decomposed densely
 DENSE_VARIANCE = 500  # the largest d for which (1/n) sum S_i^2 is formed
@@ -32,8 +32,10 @@ def linear_model(blocks: Sequence[csr_array], lo: float, hi: float, bend: float,
 
     With r = bend: L_- <= c lmax(S) + r;  L_i <= c lambda_i + r;  L_+ <= min{c P + r, sqrt(mean L_i^2),
     sqrt(L_-^2 + L_±^2)} with P^2 = lmax((1/n) sum lambda_i S_i) and c = max(|lo|, hi);  L_± as in `spread_bound`, free
-    of R. Samples are rows, f_ij = n N_i/N phi(a_j'x) + R: L_s <= c sqrt(lmax(sum_ij n N_i/N^2 ||a_j||^2 a_j a_j')) and
-    sigma^2 <= slope^2 sum_ij n N_i/N^2 ||a_j||^2 with |phi'| <= slope, clients of one row left out. f_inf is left None.
+    of R;  L_{+,w} and L_{±,w} as in `_weighted`;  apart <= |lo + hi|/2 V + (hi - lo)/2 P + r, and together the same
+    with lmax(S) for V. Samples are rows, f_ij = n N_i/N phi(a_j'x) + R: L_s <= c sqrt(lmax(sum_ij n N_i/N^2 ||a_j||^2
+    a_j a_j')) and sigma^2 <= slope^2 sum_ij n N_i/N^2 ||a_j||^2 with |phi'| <= slope, clients of one row left out.
+    f_inf is left None.
     """
     n, rows = len(blocks), sum(block.shape[0] for block in blocks)
     weight = n / rows
@@ -44,14 +46,40 @@ def linear_model(blocks: Sequence[csr_array], lo: float, hi: float, bend: float,
     c = max(abs(lo), hi)
     lengths = c * tops + bend
     minus = c * top + bend
-    pm = spread_bound(tops, top, second, _spread_of_grams(blocks, second), lo, hi)
+    spread = _spread_of_grams(blocks, second)
+    pm = spread_bound(tops, top, second, spread, lo, hi)
     tilde = math.sqrt(np.square(lengths).mean())
     plus = max(minus, min(c * second + bend, tilde, math.hypot(minus, pm)))
     bounds = {"minus": minus, "plus": plus, "pm": pm, "tilde": tilde, "max": lengths.max()}
     bounds |= _samples(blocks, c, slope)
+    own = (hi - lo) / 2.0 * second + bend  # what points of their own can make of curvatures that differ with the point
+    bounds |= {"apart": abs(lo + hi) / 2.0 * spread + own, "together": abs(lo + hi) / 2.0 * top + own}
+    each = tuple(rounded_up(float(length)) for length in lengths)
+    bounds |= _weighted(each, c * tops, c * top, bend, lo)
     known = {what: Constant(rounded_up(float(value)), "bound") for what, value in bounds.items()}
     counts = {"samples": rows / n, "most": float(max(block.shape[0] for block in blocks))}
-    return Smoothness(**known, **{what: Constant(count, "exact") for what, count in counts.items()})
+    return Smoothness(**known, **{what: Constant(count, "exact") for what, count in counts.items()}, each=each)
+
+
+def _weighted(each: tuple[float, ...], tops: Floats, top: float, bend: float, lo: float) -> dict[str, float]:
+    """L_{+,w} and L_{±,w} for w = by_smoothness(each), from the c lambda_i and c lmax(S).
+
+    L_{+,w}^2 <= mean(l) L_- with l_i = L_i, raised as w is; L_{±,w} <= L_{+,w}, and for convex losses at most
+    sqrt(max of k s - s^2 over 0 <= s <= c lmax(S)) + r sqrt(mean(l) mean(1/l) - 1), k = mean(l) max(c lambda_i / l_i).
+    """
+    if not any(each):
+        return {"plus_w": 0.0, "pm_w": 0.0}
+    raised = np.array(by_smoothness(each)) * np.sum(each)
+    # Raised by the weights' floor, their sum is larger; no l_i may come out below L_i.
+    raised *= max(1.0, float((np.asarray(each) / raised).max()))
+    mean = float(raised.mean())
+    plus = math.sqrt(mean * (top + bend))
+    if lo < 0.0:
+        return {"plus_w": plus, "pm_w": plus}
+    steep = mean * float((tops / raised).max())
+    s = min(steep / 2.0, top)
+    uneven = max(0.0, mean * float((1.0 / raised).mean()) - 1.0)
+    return {"plus_w": plus, "pm_w": min(plus, math.sqrt(max(0.0, steep * s - s * s)) + bend * math.sqrt(uneven))}
 
 
 def _samples(blocks: Sequence[csr_array], c: float, slope: float) -> dict[str, float]:

@@ -20,12 +20,13 @@ class Local:
         self.n, self.clients, self.meter = n, torch.arange(n), meter or Meter()
 
     def scatter(self, down: Messages | None, rnd: Round) -> Messages:
-        """One row, heard by all n clients."""
+        """One row, heard by all n clients, or a row for each of the cohort."""
         assert down is not None
-        size = int(down.nbytes[0])
-        self.meter.down += size * self.n
-        self.meter.down_framed += (size + HEADER) * self.n
-        return down
+        heard = self.n if down.shared else rnd.cohort
+        total = int(down.nbytes[0]) * self.n if down.shared else int(down.nbytes.sum())
+        self.meter.down += total
+        self.meter.down_framed += total + HEADER * heard
+        return down if len(rnd.slots) == rnd.cohort else down.rows(rnd.slots)
 
     def gather(self, up: Messages, width: int, rnd: Round) -> Messages:
         """All rows are here already."""

@@ -1,8 +1,8 @@
 """torch.distributed: each rank hosts its share of the clients and runs the server's half too.
 
-Nothing goes down (each rank has x); the uplink is one all-gather of frames, checked after arrival, so that every rank
-aggregates the same n rows in slot order and ends at the simulator's bits. Sums never go through all_reduce, whose
-order of summation is its own.
+Nothing goes down (each rank has x, and makes the server's messages itself); the uplink is one all-gather of frames,
+checked after arrival, so that every rank aggregates the same n rows in slot order and ends at the simulator's bits.
+Sums never go through all_reduce, whose order of summation is its own.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def _uplink(
     held = []
     for part, at in parts:
         # From the state before the round: what all workers share has moved already where an earlier chunk is done.
-        u, new = method.up(take(before, at), down, watch.grad, rnd.rows(part))
+        u, new = method.up(take(before, at), down.rows(part), watch.grad, rnd.rows(part))
         workers = put(workers, at, new)
         if len(u) == 0:
             continue
