@@ -85,7 +85,7 @@ def test_a_key_is_of_what_is_run(tmp_path):
         ({"run": {"method": "GD()", "rounds": 3}, "grids": []}, "not both"),
         ({"grids": []}, "grids"),
         ({"grids": [3]}, "grids"),
-        ({"titel": "x"}, "titel"),
+        ({"naem": "x"}, "naem"),
         ({"run": {"rounds": 3}, "over": {"method": ["GD()", "Marina(RandK(1000))"]}}, "RandK"),
         ({"run": {"rounds": 3, "method": "DCGD(RandK(1))", "problem": {"name": "quadratics", "noise": 1}}}, "step"),
     ],
