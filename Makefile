@@ -32,7 +32,7 @@ docs: $(VENV)/.docs ## run the pages' examples and build docs/_build/html; warni
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	@echo "docs: docs/_build/html/index.html"
 
-bench: $(VENV)/.test ## time kernels, compressors and rounds on this machine
+bench: $(VENV)/.test ## time rounds, races and memory on this machine
 	$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove the environment, builds and caches; keep results

@@ -106,7 +106,6 @@ class Turned(Conditional):
         u, square = self._checked_squares(u, rnd)
         ops, D = kernels.of(u), padded(u.shape[1])
         y = rotate(u, type(self).__name__, rnd.slots, rnd, self.rounds)
-        factor = math.sqrt(D) / torch.where(square > 0, square, 1.0).sqrt()
         along, sent, at = torch.zeros_like(square), [], 0
         for count, bits in self._parts(D):
             part, table = y if count == D else y[:, at : at + count].contiguous(), self._table(bits)
@@ -114,6 +113,7 @@ class Turned(Conditional):
                 code, magnitude = ops.encode_signs(part)
                 along += float(table[1]) * magnitude
             else:
+                factor = math.sqrt(D) / torch.where(square > 0, square, 1.0).sqrt()
                 code, fit = ops.encode_points(part, factor, table.to(u.device))
                 along += fit
             sent.append(code)
@@ -129,7 +129,7 @@ class Turned(Conditional):
         u = shaped_rows(u, rnd)
         gain, square = self._gain(padded(u.shape[1])), kernels.of(u).dots(u, u)
         # One pass instead of three: only what comes near the end of float32 is looked at again.
-        if not bool((square.sqrt() * (gain * (1.0 + 1e-6)) <= FLOAT_MAX).all()):
+        if len(u) and not math.sqrt(float(square.max())) * (gain * (1.0 + 1e-6)) <= FLOAT_MAX:
             checked_norms(checked_rows(u, rnd), rnd, gain)
         return u, square
 
@@ -139,15 +139,14 @@ class Turned(Conditional):
         for count, bits in self._parts(D):
             end, table = byte + (count * bits + 7) // 8, self._table(bits).to(payload.device)
             code = payload[:, byte:end].contiguous()
-            one = bits == 1
-            parts.append(
-                ops.decode_bits(code, scale * table[1], count) if one else ops.decode_points(code, scale, table, count)
-            )
+            if bits == 1:
+                parts.append(ops.decode_bits(code, scale * table[1], count))
+            else:
+                parts.append(ops.decode_points(code, scale, table, count))
             byte = end
-        rows = parts[0] if parts[0].shape[1] == D else torch.zeros(len(payload), D, device=payload.device)
-        if rows is not parts[0]:
-            sent = torch.cat(parts, 1)
-            rows[:, : sent.shape[1]] = sent
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        if rows.shape[1] < D:  # what was not sent is zero
+            rows = torch.nn.functional.pad(rows, (0, D - rows.shape[1]))
         return rotate_back(rows, msgs.d, type(self).__name__, msgs.slots, rnd, self.rounds)
 
 

@@ -146,6 +146,6 @@ class TopK(Compressor):
         d, k = msgs.d, kept(self.k, msgs.d, "TopK")
         payload = msgs.checked(self.capacity(rnd.n, d))
         index = kernels.of(payload).unpack(payload[:, 4 * k :].contiguous(), k, (d - 1).bit_length())
-        if bool((index >= d).any()) or bool((index[:, 1:] <= index[:, :-1]).any()):
+        if len(index) and (int(index[:, -1].max()) >= d or not bool((index.diff() > 0).all())):
             raise PayloadError(f"TopK(k={k}): indices must ascend within 0..{d - 1}.")
         return finite_floats(payload[:, : 4 * k]), index.reshape(-1), uniform_pointer(payload, k)
