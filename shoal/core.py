@@ -294,6 +294,8 @@ def require(compressor: Compressor, constant: str, method: str, mend: str) -> No
         raise ConfigError(f"{method} needs a compressor, e.g. {method}(RandK(10)); got {compressor!r}.")
     if not hasattr(compressor, constant):
         has = [c for c in ("omega", "alpha", "ab") if hasattr(compressor, c)]
+        if constant != "alpha" and not has and getattr(compressor, "numerical", None) is False:
+            mend = "Its constants were measured, not proved: numerical=True states them, where there are any."
         raise ConfigError(
             f"{method} needs a compressor with {constant}; {compressor!r} has {' and '.join(has) or 'none'}. {mend}"
         )

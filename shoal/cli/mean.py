@@ -73,14 +73,14 @@ def mean(
         err_console.print(f"running code from {', '.join(with_file)}: trusted, not sandboxed", highlight=False)
     name = points[0].name if swept != "spread" else "near-identical"
     folder = out or new_folder("mean", name.replace(":", "-"))
-    fresh = not folder.exists()
+    fresh = [path for path in (folder, *folder.parents) if not path.exists()]
     make_folder(folder)  # it must be known to be writable before anything is measured
     try:
         result = _measured(points, compressors, rounds, seed, swept, with_file or ())
     except BaseException:
-        if fresh:
-            with suppress(OSError):
-                folder.rmdir()
+        with suppress(OSError):  # what is not empty stays
+            for path in fresh:
+                path.rmdir()
         raise
     result.save(folder, again())
     _close(folder)

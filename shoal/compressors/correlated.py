@@ -259,14 +259,14 @@ class Correlated(Compressor):
         if self.blocks > 1:
             values, part = self._read_blocks(msgs, rnd)
             return part.block.scatter(values, 1.0)
-        code, r = self._read(msgs.checked(self.capacity(rnd.n, msgs.d)), rnd)
+        code, r = self._read(msgs.checked(self.capacity(rnd.cohort, msgs.d)), rnd)
         return self._values(code, r, msgs.d)
 
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
         if self.blocks > 1:
             values, part = self._read_blocks(msgs, rnd)
             return part.block.mean(values, 1.0, rnd.cohort)
-        code, r = self._read(msgs.checked(self.capacity(rnd.n, msgs.d)), rnd)
+        code, r = self._read(msgs.checked(self.capacity(rnd.cohort, msgs.d)), rnd)
         if self.levels == 2:
             return kernels.of(code).mean_bits(code, r, msgs.d, rnd.cohort)
         return self._within(kernels.of(code).mean_levels(code, r, self.levels, msgs.d, rnd.cohort))

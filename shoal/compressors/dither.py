@@ -79,7 +79,7 @@ class ScaledCodes(Unbiased):
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor]:
         """(packed codes, scales)."""
-        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
+        payload = msgs.checked(self.capacity(rnd.cohort, msgs.d))
         return payload[:, 4:], read_scale(payload)
 
     def _within(self, decoded: tuple[Tensor, bool]) -> Tensor:

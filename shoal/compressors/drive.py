@@ -134,7 +134,7 @@ class Turned(Conditional):
         return u, square
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
-        payload, D = msgs.checked(self.capacity(rnd.n, msgs.d)), padded(msgs.d)
+        payload, D = msgs.checked(self.capacity(rnd.cohort, msgs.d)), padded(msgs.d)
         ops, scale, parts, byte = kernels.of(payload), read_scale(payload), [], 4
         for count, bits in self._parts(D):
             end, table = byte + (count * bits + 7) // 8, self._table(bits).to(payload.device)

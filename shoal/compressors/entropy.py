@@ -160,7 +160,7 @@ class Coded(Conditional):
 
     def _plain(self, msgs: Messages, rnd: Round) -> Messages:
         """The inner messages. Raises LengthError, or PayloadError where a short row is not in the code."""
-        form, full = self._layout(msgs.d), self.capacity(rnd.n, msgs.d)
+        form, full = self._layout(msgs.d), self.capacity(rnd.cohort, msgs.d)
         payload, size = msgs.payload, msgs.nbytes
         if bool((size < form.head).any()) or bool((size > min(full, payload.shape[1])).any()):
             raise LengthError(

@@ -86,7 +86,7 @@ class LowRank(Compressor):
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         a, b = self.sides(msgs.d)
-        values = as_floats(msgs.checked(self.capacity(rnd.n, msgs.d)))
+        values = as_floats(msgs.checked(self.capacity(rnd.cohort, msgs.d)))
         cut = self.rank * max(a, b)
         left, right = (
             values[:, :cut].reshape(-1, max(a, b), self.rank),

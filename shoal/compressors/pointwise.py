@@ -111,11 +111,11 @@ class Sign(Compressor):
         return Messages.of(torch.cat([as_bytes(ops.mean_abs(u)[:, None]), ops.sign_bits(u)], 1), rnd, u.shape[1])
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
-        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
+        payload = msgs.checked(self.capacity(rnd.cohort, msgs.d))
         return kernels.of(payload).decode_bits(payload[:, 4:], read_scale(payload), msgs.d)
 
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
-        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
+        payload = msgs.checked(self.capacity(rnd.cohort, msgs.d))
         return kernels.of(payload).mean_bits(payload[:, 4:], read_scale(payload), msgs.d, rnd.cohort)
 
 
@@ -148,7 +148,7 @@ class Ternary(Unbiased):
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor]:
         """(packed digits, scales)."""
-        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
+        payload = msgs.checked(self.capacity(rnd.cohort, msgs.d))
         return payload[:, 4:], read_scale(payload)
 
     def _digits(self, decoded: tuple[Tensor, bool], d: int) -> Tensor:
@@ -200,11 +200,11 @@ class Natural(Unbiased):
         return values
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
-        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
+        payload = msgs.checked(self.capacity(rnd.cohort, msgs.d))
         return self._powers(kernels.of(payload).decode_natural(payload, msgs.d))
 
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
-        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
+        payload = msgs.checked(self.capacity(rnd.cohort, msgs.d))
         return self._powers(kernels.of(payload).mean_natural(payload, msgs.d, rnd.cohort))
 
 

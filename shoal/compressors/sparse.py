@@ -90,7 +90,7 @@ class RandK(Unbiased):
         return sent.mean(values, scale, rnd.cohort)
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Listed, float]:
-        payload = msgs.checked(self.capacity(rnd.n, msgs.d))
+        payload = msgs.checked(self.capacity(rnd.cohort, msgs.d))
         sent, scale = self.support(msgs.slots, msgs.d, rnd)
         return finite_floats(payload, scale), sent, scale
 
@@ -144,7 +144,7 @@ class TopK(Compressor):
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor, Tensor]:
         d, k = msgs.d, kept(self.k, msgs.d, "TopK")
-        payload = msgs.checked(self.capacity(rnd.n, d))
+        payload = msgs.checked(self.capacity(rnd.cohort, d))
         index = kernels.of(payload).unpack(payload[:, 4 * k :].contiguous(), k, (d - 1).bit_length())
         if len(index) and (int(index[:, -1].max()) >= d or not bool((index.diff() > 0).all())):
             raise PayloadError(f"TopK(k={k}): indices must ascend within 0..{d - 1}.")

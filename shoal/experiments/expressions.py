@@ -10,6 +10,7 @@ import ast
 import difflib
 import hashlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
@@ -115,7 +116,21 @@ def _call(name: str, args: list[Any], kwargs: dict[str, Any], names: dict[str, t
     except ConfigError:
         raise
     except Exception as error:  # a class of the user's may raise anything
+        _check_call(names[name], args, kwargs, text)
         raise ConfigError(f"{text!r}: {error}.") from error
+
+
+def _check_call(made: type, args: list[Any], kwargs: dict[str, Any], text: str) -> None:
+    """Raise ConfigError, with the parameters there are, where these arguments do not fit them."""
+    try:
+        signature = inspect.signature(made)
+    except (TypeError, ValueError):  # a class of the user's may have none
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        known = ", ".join(signature.parameters) or "no parameters"
+        raise ConfigError(f"{text!r}: {error}; {made.__name__} takes {known}.") from None
 
 
 def compact(value: Any) -> str:

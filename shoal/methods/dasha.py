@@ -48,7 +48,7 @@ class Dasha(Method):
     p: float | None = None
 
     def __post_init__(self) -> None:
-        require(self.compressor, "omega", "Dasha", "Use EF21 for a biased compressor, Marina for PermK.")
+        require(self.compressor, "omega", "Dasha", "Use EF21 for a biased one, Marina for PermK and others with ab.")
         check_batch("Dasha", "batch", self.batch)
         if self.momentum is not None and not 0.0 < self.momentum <= 1.0:
             raise ConfigError(f"Dasha(momentum={self.momentum!r}): it is in (0, 1/(1+2 omega)].")

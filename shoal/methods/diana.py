@@ -40,7 +40,7 @@ class Diana(Method):
     shift: float | None = None
 
     def __post_init__(self) -> None:
-        require(self.compressor, "omega", "Diana", "Use EF21 for a biased compressor, Marina for PermK.")
+        require(self.compressor, "omega", "Diana", "Use EF21 for a biased one, Marina for PermK and others with ab.")
         if self.shift is not None and not 0.0 < self.shift <= 1.0:
             raise ConfigError(f"Diana(shift={self.shift!r}): the shift's step is in (0, 1/(1+omega)].")
 

@@ -15,7 +15,6 @@ import numpy as np
 
 LARGE = 1 << 20  # bytes from which on fresh pages matter
 KEPT = 1 << 28  # bytes in all
-FREE = 3  # references to an array that only the list holds: the list's, the variable's and the question's own
 
 _held: list[np.ndarray] = []
 _choosing = threading.Lock()
@@ -31,6 +30,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
+def _references(held: list[np.ndarray], at: int) -> int:
+    array = held[at]
+    return getrefcount(array)
+
+
+FREE = _references([np.empty(1)], 0)  # to an array that only the list holds, as this interpreter counts them
+
+
 def ready(shape: tuple[int, ...] | int, dtype: type) -> np.ndarray:
     """An array of that shape with any content, as `numpy.empty` gives it."""
     size = math.prod(shape) if isinstance(shape, tuple) else shape
@@ -44,10 +51,9 @@ def ready(shape: tuple[int, ...] | int, dtype: type) -> np.ndarray:
 def _reserved(nbytes: int) -> np.ndarray:
     """The first `nbytes` of a free array that is not much larger, or of a new one in the place of the oldest."""
     for at in range(len(_held)):
-        array = _held[at]
-        if nbytes <= array.size <= nbytes + nbytes // 4 and getrefcount(array) == FREE:
+        if nbytes <= _held[at].size <= nbytes + nbytes // 4 and _references(_held, at) == FREE:
             _held.append(_held.pop(at))
-            return array[:nbytes]
+            return _held[-1][:nbytes]
     array = np.empty(nbytes, np.uint8)
     _held.append(array)
     while sum(held.size for held in _held) > KEPT:
