@@ -103,7 +103,8 @@ def variance(c: Compressor, u: np.ndarray, inner: Callable[..., np.ndarray]) -> 
         for subset in subsets:
             v = u[:, subset]
             if isinstance(c, Correlated):
-                r = np.full((n, 1), top) if c.scale == "shared" else np.linalg.norm(v, axis=1, keepdims=True)
+                own = np.linalg.norm(u if c.scale == "full" else v, axis=1, keepdims=True)
+                r = np.full((n, 1), top) if c.scale == "shared" else own
                 var = grid_variance(v, r, c.levels)
             else:
                 var = inner(c.inner, v)

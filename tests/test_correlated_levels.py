@@ -17,7 +17,7 @@ from composition import dealt, grid_variance, parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_compressors import SIX, ab_bound, hardest, stated
-from zoo import inputs, round_of
+from zoo import FAMILIES, inputs, round_of
 
 from shoal import kernels
 from shoal.compressors import Correlated
@@ -117,7 +117,8 @@ def exact_blocks(u: np.ndarray, c: Correlated) -> float:
         weight = (1 / c.blocks if c.scale == "shared" else 1.0) / (len(groups) * len(blocks))
         for group, block in itertools.product(map(list, groups), blocks):
             part = u[np.ix_(group, block)]
-            own = np.linalg.norm(part, axis=1) if c.scale == "own" else np.abs(part).max(1)
+            normed = u[group] if c.scale == "full" else part
+            own = np.abs(part).max(1) if c.scale == "max" else np.linalg.norm(normed, axis=1)
             r = np.full(m, R) if c.scale == "shared" else own
             error = rounding_error(part, r, c.levels)
             total += weight * (((part.mean(0) - mean[block]) ** 2).sum() + error)
@@ -126,7 +127,7 @@ def exact_blocks(u: np.ndarray, c: Correlated) -> float:
 
 @pytest.mark.parametrize("code", [
     Correlated(levels=3), Correlated("own", levels=4), Correlated(blocks=2), Correlated("own", blocks=2),
-    Correlated("max", levels=3, blocks=3),
+    Correlated("max", levels=3, blocks=3), Correlated("full", levels=4, blocks=2),
 ], ids=repr)  # fmt: skip
 @pytest.mark.parametrize("family", ["gaussian", "identical"])
 def test_exact_blocks_are_the_codes(code, family):
@@ -144,11 +145,13 @@ def test_exact_blocks_are_the_codes(code, family):
 SIZES = [(2, 2, 2), (3, 4, 2), (4, 4, 2), (5, 3, 2), (5, 3, 3), (4, 5, 1)]
 
 
-@pytest.mark.parametrize("scale", ["shared", "own", "max"])
+@pytest.mark.parametrize("scale", ["shared", "own", "max", "full"])
 @pytest.mark.parametrize("levels", [2, 3, 4])
 @pytest.mark.parametrize(("n", "d", "blocks"), SIZES)
 def test_constants_survive_a_search(scale, levels, n, d, blocks):
     """Every stated inequality against the exact error, climbing from the worst of the adversaries."""
+    if scale == "full" and blocks == 1:
+        return  # its name is "own"
     code = Correlated(scale, levels=levels, blocks=blocks)
     for ab in stated(code, n, d):
         assert ab.evidence == "proved"
@@ -169,6 +172,47 @@ def test_constants_of_equal_groups():
     assert (own.a, own.b) == (pytest.approx((d - s) / n + drawn), pytest.approx(drawn))
     assert own.other.a - own.other.b == pytest.approx(s * d / n**2)
     assert own.other.b == pytest.approx(1 + (d / s - 1) / (n / s) * n / (n - 1))
+
+
+def test_full_norms_cost_a_factor_of_sigma():
+    """n = 12, d = 24, sigma = 4, one bit, against own norms; one active client has this error, whatever the groups."""
+    n, d, s = 12, 24, 4
+    own, full = (Correlated(scale, blocks=s).ab(n, d) for scale in ("own", "full"))
+    assert full.b == own.b
+    assert full.a - full.b == pytest.approx(s * (d - 1) / n)
+    assert (full.a - full.b) / (own.a - own.b) == pytest.approx(s * (d - 1) / (d - s))
+    assert full.other.a - full.other.b == pytest.approx(s * (own.other.a - own.other.b))
+    assert (full.other.b - 1) / (own.other.b - 1) == pytest.approx(s * (d - 1) / (d - s))
+    for n, d, s in ((4, 6, 2), (5, 5, 2), (3, 3, 3)):
+        u, code = np.zeros((n, d)), Correlated("full", blocks=s)
+        u[1] = np.arange(1, d + 1)
+        assert exact_blocks(u, code) == pytest.approx(ab_bound(code.ab(n, d), u))
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_norms_on_the_zoos_vectors(family, levels):
+    """Both inequalities against the sum over all groups and sets of coordinates, for sizes that differ and do not."""
+    for n, d, s in ((4, 6, 2), (5, 7, 2), (5, 5, 3)):
+        u, code = inputs(family, n, d).double().numpy(), Correlated("full", levels=levels, blocks=s)
+        for ab in stated(code, n, d):
+            assert exact_blocks(u, code) <= ab_bound(ab, u) * (1 + 1e-9) + 1e-12
+
+
+@pytest.mark.parametrize("scale", ["shared", "own", "max", "full"])
+@pytest.mark.parametrize(
+    ("n", "d", "blocks", "levels"), [(4, 6, 2, 2), (3, 3, 2, 2), (2, 3, 2, 6), (4, 3, 2, 2), (5, 5, 3, 3)]
+)
+def test_equal_inputs_in_blocks_exactly(scale, n, d, blocks, levels):
+    """`homogeneous` is not exceeded; reached where the scale is that of the whole vector and groups are equal."""
+    code, rng = Correlated(scale, levels=levels, blocks=blocks), np.random.default_rng(d)
+    bound = code.homogeneous(n, d).a
+    for k in range(40):
+        u = [rng.normal(size=d), np.eye(d)[-1], np.ones(d), np.arange(d) // 2 + 1.0][k % 4]
+        u = u * 10 ** rng.uniform(-k / 20, 0, d)
+        assert exact_blocks(np.tile(u, (n, 1)), code) <= bound * (u @ u) * (1 + 1e-9) + 1e-12
+    if scale == "full" and n % blocks == 0 and levels == 2:
+        assert exact_blocks(np.ones((n, d)), code) == pytest.approx(bound * d)
 
 
 def test_blocks_of_one_client_each_are_permk_with_rounding():
@@ -203,8 +247,11 @@ def test_impossible_levels_and_blocks():
         Correlated("own", numerical=True, levels=3)
     with pytest.raises(ConfigError, match=r"blocks is in 1\.\.3"):
         Correlated(blocks=4).check(9, 3)
-    with pytest.raises(ConfigError, match="no omega"):
-        Correlated("own", blocks=2).omega(10)
+    for scale in ("own", "full"):
+        with pytest.raises(ConfigError, match="no omega"):
+            Correlated(scale, blocks=2).omega(10)
+    with pytest.raises(ConfigError, match="is scale='own': take that"):
+        Correlated("full")
 
 
 def test_the_usual_repr_is_what_it_was():
@@ -233,6 +280,10 @@ def test_what_overflows_once_it_is_scaled_is_named():
     for code in (Correlated(blocks=3), Correlated("own", blocks=3)):
         with pytest.raises(NonFiniteError, match=r"client 1, round 4.*overflows"):
             (code.prepare if code.agrees else code.encode)(u, rnd)
+    u[1] = 6e37  # three times an entry is a float32, three times the norm is none
+    with pytest.raises(NonFiniteError, match=r"client 1, round 4.*the norm overflows"):
+        Correlated("full", blocks=3).encode(u, rnd)
+    Correlated("own", blocks=3).encode(u, rnd)
     with pytest.raises(PayloadError, match="agreed"):
         Correlated(blocks=3).encode(torch.zeros(3, 6), replace(rnd, agreed=2e38))
     assert kernels.of(u) is cpu

@@ -141,7 +141,13 @@ def test_unreadable_files(tmp_path):
 def test_errors_that_are_known_exactly(family):
     """RandK, PermK and Independent have bounds with equality; correlated quantization has an exact formula."""
     tight = [RandK(3), PermK(), Independent()]
-    correlated = [Correlated(), Correlated("own"), Correlated("max"), Correlated(blocks=2)]
+    correlated = [
+        Correlated(),
+        Correlated("own"),
+        Correlated("max"),
+        Correlated(blocks=2),
+        Correlated("full", blocks=2),
+    ]
     correlated += [CorrelatedOffset(), CorrelatedOffset("even", levels=3)]
     for n, d in ((5, 24), (4, 65)):
         rows = rows_of(zoo.inputs(family, n, d), [*tight, *correlated], 160)

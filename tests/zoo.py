@@ -84,6 +84,7 @@ COMPRESSORS: list[Compressor] = [
     Correlated(levels=4),
     Correlated("own", levels=3),
     Correlated(blocks=2),
+    Correlated("full", blocks=2),
     Correlated("own", levels=3, blocks=2),
     Composed(RandK(3), QSGD(3)),
     Composed(PermK(), QSGD(7)),

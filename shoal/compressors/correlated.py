@@ -3,7 +3,7 @@
 Suresh, Sun, Ro, Yu, "Correlated quantization for distributed mean estimation and optimization", 2022,
 arXiv:2203.04925 (Algorithm 1); MARINA with it: Panferov et al., 2024, arXiv:2401.05518. The bound for a shared scale,
 the exact error, the O(1) shared randomness, and the constants for k points and for blocks of coordinates are ours:
-docs/derivations/correlated.md. (PermK+CQ, with groups of equal size, is from arXiv:2401.05518.)
+docs/derivations/correlated.md. (PermK+CQ, with groups of equal size and full norms, is from arXiv:2401.05518.)
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -59,7 +60,8 @@ class Correlated(Compressor):
     blocks=sigma: a shared permutation cuts the clients into sigma groups (sizes differ by at most one), and coordinate
     j belongs to group (j + t_b) mod sigma, with one shared uniform shift t_b for each b = floor(j / sigma). A client of
     a group of m sends its group's coordinates alone, times n/m, its U_ij in the strata of the m; an own scale is that
-    of these coordinates.
+    of these coordinates. scale="full", for blocks alone: r_i = ||u_i||_2 of all coordinates, as PermK+CQ has it, with
+    constants that are up to sigma times those of "own" for the same bits (one block: "own" is the same law).
     Wire: r_i as float32 unless shared, then ceil(log2 k) = b bits a coordinate sent, ascending.
     8 ceil(b d/(8 sigma)) bits where sigma divides d, and 32 more for an own scale.
 
@@ -68,19 +70,21 @@ class Correlated(Compressor):
     References: arXiv:2203.04925, arXiv:2401.05518.
     """
 
-    scale: Literal["shared", "own", "max"] = "shared"
+    scale: Literal["shared", "own", "max", "full"] = "shared"
     numerical: bool = False
     levels: int = 2
     blocks: int = 1
 
     def __post_init__(self) -> None:
-        if self.scale not in ("shared", "own", "max"):
-            raise ConfigError(f"Correlated(scale={self.scale!r}): the scale is 'shared', 'own' (l2) or 'max'.")
+        if self.scale not in ("shared", "own", "max", "full"):
+            raise ConfigError(f"Correlated(scale={self.scale!r}): the scale is 'shared', 'own' (l2), 'max' or 'full'.")
         if self.numerical and self.scale == "shared":
             raise ConfigError("Correlated(numerical=True): the shared scale's constants are proved; drop `numerical`.")
         for name, value, least, most in (("levels", self.levels, 2, 256), ("blocks", self.blocks, 1, 2**31)):
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise ConfigError(f"Correlated({name}={value!r}): {name} is an integer in {least}..{most}.")
+        if self.scale == "full" and self.blocks == 1:
+            raise ConfigError("Correlated(scale='full', blocks=1) is scale='own': take that, or blocks=2 or more.")
         if self.numerical and (self.levels, self.blocks) != (2, 1):
             raise ConfigError("Correlated(numerical=True): searched for levels=2, blocks=1 alone; drop `numerical`.")
 
@@ -120,7 +124,7 @@ class Correlated(Compressor):
         if self.blocks > 1:
             raise ConfigError(
                 f"Correlated(blocks={self.blocks}) has no omega: clients of a group share their block, and their "
-                "errors are correlated either way. Use it in Marina, or take blocks=1."
+                "errors are correlated either way. Use it in Marina, or take one block: Correlated(scale='own')."
             )
         return grid_omega(d, self.levels)
 
@@ -131,7 +135,7 @@ class Correlated(Compressor):
         max: A = omega/n, B = 0. With numerical=True, own and max: a - b = d/n^2, b = max(d/n, 1/2), not proved.
         omega is that of k points, d - 1 for one bit. With blocks, the n/sigma clients and d/sigma coordinates of a
         group take the places of n and d (own scales: ceil(d/sigma)), and (sigma-1)/(n-1) is added to A and B of the
-        own scales.
+        own scales. full: as own in blocks, but omega and a - b of all d coordinates.
         All for every L_±; the shared and the own inequalities are our theorems (docs/derivations/correlated.md).
         """
         self.check(n, d)
@@ -142,14 +146,17 @@ class Correlated(Compressor):
             return AB(d / n**2 + b, b, evidence="numerical", source=f"own scales, searched, not proved ({source})")
         if self.scale == "shared":
             return self._shared(d, sizes, source)
-        sigma, omega = self.blocks, dealt_bound(lambda b: grid_omega(b, self.levels), d, self.blocks)
+        sigma, longest = self.blocks, d if self.scale == "full" else -(-d // self.blocks)
+        omega = grid_omega(d, self.levels)
+        if self.scale != "full":  # the scale depends on which coordinates are sent, and so on how many they are
+            omega = dealt_bound(lambda b: grid_omega(b, self.levels), d, sigma)
         error = omega * sum(1.0 / m for m in sizes) / sigma
         drawn = sum((n - m) / (m * (n - 1)) for m in sizes) / sigma if n > 1 else 0.0
         other = None
-        if self.scale == "own" and n > 1:
-            gap = -(-d // sigma) * sum(1.0 / (m * (self.levels - 1)) ** 2 for m in sizes) / sigma
+        if self.scale != "max" and n > 1:
+            gap = longest * sum(1.0 / (m * (self.levels - 1)) ** 2 for m in sizes) / sigma
             more = omega * sum(n / (m * (n - 1)) for m in sizes if m > 1) / sigma
-            other = AB(gap + 1.0 + more, 1.0 + more, source=f"own l2 scales ({source})")
+            other = AB(gap + 1.0 + more, 1.0 + more, source=f"{self.scale} l2 scales ({source})")
         return AB(error + drawn, drawn, source=f"never worse than independent rounding ({source})", other=other)
 
     def _shared(self, d: int, sizes: list[int], source: str) -> AB:
@@ -165,15 +172,16 @@ class Correlated(Compressor):
         """E||(1/n) sum C_i(u) - u||^2 <= a ||u||^2 where all clients hold one u: the exact supremum for one block.
 
         N = n (k-1). shared and max: (d-1)/N^2 for odd N, (sqrt(1 + 4(d-1)/N^2) - 1)/2 for even N. own:
-        `supremum_norm`, 2 sqrt(d)/N - 1 for even N and d >= N^2, about d/N^2 otherwise. Blocks: the mean over
-        coordinates of their groups' (exact for a shared scale and equal sizes, else a bound).
+        `supremum_norm`, 2 sqrt(d)/N - 1 for even N and d >= N^2, about d/N^2 otherwise. Blocks: the mean over groups
+        (exact for shared and full scales and groups of equal size, else a bound).
         """
         self.check(n, d)
+        supremum = supremum_norm if self.scale in ("own", "full") else supremum_max
         a = 0.0
-        for m, b in zip(cut(n, self.blocks)[1], cut(d, self.blocks)[1], strict=True):
-            strata, size = int(m) * (self.levels - 1), d if self.agrees else int(b)
-            a += int(b) / d * (supremum_norm if self.scale == "own" else supremum_max)(size, strata)
-        return AB(a, 0.0, evidence="homogeneous", source="equal inputs (docs/derivations/strata.md)")
+        for m in cut(n, self.blocks)[1]:
+            one = partial(supremum, N=int(m) * (self.levels - 1))
+            a += one(d) if self.scale in ("shared", "full") else dealt_bound(one, d, self.blocks)
+        return AB(a / self.blocks, 0.0, evidence="homogeneous", source="equal inputs (docs/derivations/strata.md)")
 
     def present(self, n: int, d: int, m: int) -> AB:
         """Of the mean over the m clients that arrived of n expected, against these clients' mean.
@@ -228,6 +236,8 @@ class Correlated(Compressor):
             r = self._agreed(rnd, len(u))
             if len(u) and float(top.max()) > float(r[0]):
                 raise ConfigError(f"the agreed scale {float(r[0]):g} is smaller than an entry; agree on max |u_ij|.")
+        elif self.scale == "full":
+            r = kernels.of(u).norms(u)
         if self.blocks == 1:
             place = self._places(rnd.slots, rnd)
             return Messages.of(self._rounded(u, r, rnd, rnd.cohort, place), rnd, d)
@@ -243,10 +253,11 @@ class Correlated(Compressor):
 
     def _rounded(self, u: Rows, r: Tensor | None, rnd: Round, strata: int, place: Tensor) -> Tensor:
         """(m, bytes) uint8: rows of a whole message's coordinates rounded among `strata` clients, their scale first."""
-        ops, d = kernels.of(u), u.shape[1]
-        head = r is None
+        ops, d, head = kernels.of(u), u.shape[1], not self.agrees
         if r is None:
-            r = checked_scale(ops.norms(u) if self.scale == "own" else ops.maxes(u), rnd, rnd.cohort / strata)
+            r = ops.norms(u) if self.scale == "own" else ops.maxes(u)
+        if head:
+            r = checked_scale(r, rnd, rnd.cohort / strata)
         lot = rnd.fork(f"groups of {strata}") if self.blocks > 1 else rnd  # no number is drawn twice in a round
         shared = lot.shared("Correlated.shifts")
         private, ties = rnd.draw("Correlated.bits"), rnd.draw("Correlated.ties")

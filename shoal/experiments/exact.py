@@ -23,11 +23,11 @@ PIECE = 1 << 20  # of them, at a time
 def exact(compressor: Compressor, rows: Tensor) -> float | None:
     """E||(1/n) sum C_i(a_i) - abar||^2 on these rows (n, d); None where no formula is known, or only a slow one.
 
-    Known for Correlated with one block, and with several where the scale is shared; and for CorrelatedOffset, whose
-    random offset is a multiple of 2^-16 and is taken as uniform.
+    Known for Correlated with one block, and with several where the scale is shared or full; and for CorrelatedOffset,
+    whose random offset is a multiple of 2^-16 and is taken as uniform.
     """
     if isinstance(compressor, Correlated):
-        if compressor.blocks > 1 and compressor.scale != "shared":
+        if compressor.blocks > 1 and compressor.scale not in ("shared", "full"):
             return None  # the scale of a block depends on which coordinates it has
         cost, errors = 1, _of_correlated(compressor, rows)
     elif isinstance(compressor, CorrelatedOffset):
@@ -43,7 +43,7 @@ def exact(compressor: Compressor, rows: Tensor) -> float | None:
 
 def _scales(scale: str, rows: Tensor) -> np.ndarray:
     """(n, 1): the r_i."""
-    if scale == "own":
+    if scale in ("own", "full"):
         return rows.double().norm(dim=1, keepdim=True).numpy()
     tops = rows.abs().amax(1, keepdim=True).double().numpy()
     return tops if scale == "max" else np.full_like(tops, tops.max())

@@ -179,8 +179,8 @@ def _judge_blocks(rows: Rows, quick: bool) -> Outcome:
     figure = "; ".join(f"s = {s:g}: σ = {best[s]}" for s in noises)
     finding = Finding(
         "Which number of blocks σ is best for PermK+CQ, for each L±?", "open question", f"best {figure} (of 1..{n})",
-        "answered", "σ blocks send 1/σ of the bits and have the error of n/σ clients on d/σ coordinates: "
-        "(a, b, c) = (1, 1, dσ/n²), proved (docs/derivations/correlated.md); a shared scale, theory steps",
+        "answered", "σ blocks send 1/σ of the bits, each with the error of n/σ clients on d/σ coordinates: "
+        "(a, b, c) = (1, 1, dσ²/n²), proved (docs/derivations/correlated.md); a shared scale, theory steps",
     )  # fmt: skip
     header = ("noise s", *(f"σ = {b}" for b in _sigmas(n)), "PermK", "σ = 1 / best", "PermK / best")
     return Outcome((finding,), (Listing(f"Thousand bits a client to the target, n = {n}", header, tuple(listing)),))
