@@ -1,8 +1,8 @@
 """The goals of the kernels: how near a memory copy's speed each comes on this machine, with one thread and with two.
 
 A ratio is t(copy) / t, the copy of the same float32 numbers into a ready buffer in the same run and on as many threads:
-1 is as fast as a memory copy. One thread is timed by its CPU time, medians; several by the clock, least times. The
-goals are for two threads; one thread is held against seven tenths of them. They depend on the machine: no test looks.
+1 is as fast as a memory copy. Medians: of the CPU time of one thread, of the wall time of several. The goals are for two
+threads; one thread is held against seven tenths of them. They depend on the machine: no test looks.
 """
 
 from __future__ import annotations
@@ -114,9 +114,7 @@ def check(dims: Sequence[int], threads: Sequence[int], repeat: int) -> Iterator[
             with using(count):
                 for goal in goals(d):
                     taken, ratio = beside_copy(goal.call, d, repeat, wall=count > 1)
-                    yield Checked(
-                        goal.name, d, count, 1e9 * _typical(taken, count) / d, ratio, _held(goal.ratio, count)
-                    )
+                    yield Checked(goal.name, d, count, 1e9 * _median(taken) / d, ratio, _held(goal.ratio, count))
                 yield from _butterflies(d, count, repeat)
                 yield _against_torch(d, count, repeat)
     yield from fixed_costs(repeat)
@@ -128,7 +126,7 @@ def _butterflies(d: int, count: int, repeat: int) -> Iterator[Checked]:
     x = normal_rows(1, size, 0)
     ops = kernels.of(x)
     taken, ratio = beside_copy(lambda: ops.hadamard(x), size, repeat, wall=count > 1)
-    yield Checked("Hadamard transform", size, count, 1e9 * _typical(taken, count) / size, ratio, _held(0.35, count))
+    yield Checked("Hadamard transform", size, count, 1e9 * _median(taken) / size, ratio, _held(0.35, count))
 
 
 def _against_torch(d: int, count: int, repeat: int) -> Checked:
@@ -136,7 +134,7 @@ def _against_torch(d: int, count: int, repeat: int) -> Checked:
     x, k = normal_rows(1, d, 0), d // 100
     ops = kernels.of(x)
     taken, ratio = beside(lambda: ops.topk(x, k), lambda: x.abs().topk(k), repeat, wall=count > 1)
-    return Checked("TopK, 1 %: times faster than torch.topk", d, count, 1e9 * _typical(taken, count) / d, ratio, 4.0)
+    return Checked("TopK, 1 %: times faster than torch.topk", d, count, 1e9 * _median(taken) / d, ratio, 4.0)
 
 
 def fixed_costs(repeat: int) -> Iterator[Checked]:
@@ -154,7 +152,7 @@ def fixed_costs(repeat: int) -> Iterator[Checked]:
             for part, call in parts.items():
                 taken, _ = beside_copy(call, SMALL, 50 * repeat)
                 name = f"{compact(compressor)} {part}, d = {SMALL}: µs a call"
-                yield Checked(name, SMALL, 1, 1e6 * _typical(taken, 1), None, MICROSECONDS)
+                yield Checked(name, SMALL, 1, 1e6 * _median(taken), None, MICROSECONDS)
 
 
 @contextmanager
@@ -172,5 +170,5 @@ def _held(goal: float, threads: int) -> float:
     return goal if threads > 1 else ONE_THREAD * goal
 
 
-def _typical(taken: Sequence[float], threads: int) -> float:
-    return min(taken) if threads > 1 else sorted(taken)[len(taken) // 2]
+def _median(taken: Sequence[float]) -> float:
+    return sorted(taken)[len(taken) // 2]

@@ -66,11 +66,25 @@ def cpu_seconds(call: Callable[[], Any]) -> float:
     return (clock() - began) / 1e9
 
 
+REST, AWAKE, RUN = 0.02, 0.005, 5  # seconds of nothing, seconds of calls that are not counted, and calls that are
+
+
 def wall_seconds(call: Callable[[], Any]) -> float:
-    """Seconds of one call on the wall clock: what several threads are timed by."""
-    began = time.perf_counter_ns()
-    call()
-    return (time.perf_counter_ns() - began) / 1e9
+    """Seconds of one call on the wall clock: what several threads are timed by. The median of a few in a row.
+
+    The rest before them lets the threads that torch's copy left spinning go to sleep, and the calls that are not
+    counted wake those that this call uses: both take milliseconds, which no figure of a kernel should hold.
+    """
+    time.sleep(REST)
+    began = time.perf_counter()
+    while time.perf_counter() - began < AWAKE:
+        call()
+    taken = []
+    for _ in range(RUN):
+        start = time.perf_counter_ns()
+        call()
+        taken.append((time.perf_counter_ns() - start) / 1e9)
+    return float(np.median(taken))
 
 
 def beside(
@@ -78,18 +92,14 @@ def beside(
 ) -> tuple[list[float], float]:
     """(seconds of `repeat` calls, the other's time / the call's).
 
-    On one thread the ratio is the median over pairs, one call right after the other. By the clock it is that of the
-    least times: with several threads, what else runs on the machine delays one of them now and then, and the others
-    wait for it. The first pair compiles, loads and touches the pages, and is thrown away.
+    The ratio is the median over pairs, one right after the other. The first pair compiles, loads and touches the pages,
+    and is thrown away.
     """
     seconds, pairs = wall_seconds if wall else cpu_seconds, []
     for _ in range(repeat + 1):
         yardstick = seconds(other)
         pairs.append((seconds(call), yardstick))
-    taken, others = (list(times) for times in zip(*pairs[1:], strict=True))
-    if wall:
-        return taken, min(others) / min(taken)
-    return taken, float(np.median([yardstick / t for t, yardstick in pairs[1:]]))
+    return [t for t, _ in pairs[1:]], float(np.median([yardstick / t for t, yardstick in pairs[1:]]))
 
 
 def beside_copy(call: Callable[[], Any], floats: int, repeat: int, *, wall: bool = False) -> tuple[list[float], float]:
