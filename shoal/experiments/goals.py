@@ -1,8 +1,8 @@
 """The goals of the kernels: how near a memory copy's speed each comes on this machine, with one thread and with two.
 
 A ratio is t(copy) / t, the copy of the same float32 numbers into a ready buffer in the same run and on as many threads:
-1 is as fast as a memory copy. Medians: of the CPU time of one thread, of the wall time of several. The goals are for two
-threads; one thread is held against seven tenths of them. They depend on the machine: no test looks.
+1 is as fast as a memory copy. Medians: of the CPU time of one thread, of the wall time of several. The goals are for
+two threads; one thread is held against seven tenths of them. They depend on the machine: no test looks.
 """
 
 from __future__ import annotations
