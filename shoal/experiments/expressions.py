@@ -68,7 +68,7 @@ def parse(text: str, names: dict[str, type], kind: type) -> Any:
         raise ConfigError(f"{text!r} is not an expression such as 'Marina(RandK(10), p=0.1)': {error}.") from None
     made = _build(tree, names, text)
     if not isinstance(made, kind):
-        raise ConfigError(f"{text!r} is a {type(made).__name__}, not a {kind.__name__.lower()}{_mend(made, kind)}.")
+        raise ConfigError(f"{text!r} is {type(made).__name__}, not a {kind.__name__.lower()}{_mend(made, kind)}.")
     return made
 
 
