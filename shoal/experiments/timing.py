@@ -72,8 +72,8 @@ REST, AWAKE, RUN = 0.02, 0.005, 5  # seconds of nothing, seconds of calls that a
 def wall_seconds(call: Callable[[], Any]) -> float:
     """Seconds of one call on the wall clock: what several threads are timed by. The median of a few in a row.
 
-    The rest before them lets the threads that torch's copy left spinning go to sleep, and the calls that are not
-    counted wake those that this call uses: both take milliseconds, which no figure of a kernel should hold.
+    The rest before them lets threads that OpenMP left spinning go to sleep, and the calls that are not counted wake
+    those that this call uses: both take milliseconds, which no figure of a kernel should hold.
     """
     time.sleep(REST)
     began = time.perf_counter()
@@ -103,9 +103,19 @@ def beside(
 
 
 def beside_copy(call: Callable[[], Any], floats: int, repeat: int, *, wall: bool = False) -> tuple[list[float], float]:
-    """`beside` the copy of so many float32 numbers into a ready buffer."""
-    source, target = torch.ones(floats), torch.ones(floats)
-    return beside(call, lambda: target.copy_(source), repeat, wall=wall)
+    """`beside` the copy of so many float32 numbers into a ready buffer.
+
+    Several threads copy on the kernels' own ones: those of OpenMP, which torch would take, keep a core busy after it.
+    """
+    source, target = np.ones(floats, np.float32), np.ones(floats, np.float32)
+    if not wall:
+        return beside(call, lambda: np.copyto(target, source), repeat)
+    from shoal.kernels.cpu.threads import spread  # without compiled kernels there is but one thread
+
+    def copy() -> None:
+        spread(lambda lo, hi: np.copyto(target[lo:hi], source[lo:hi]), floats, 1024)
+
+    return beside(call, copy, repeat, wall=True)
 
 
 def normal_rows(m: int, d: int, seed: int) -> torch.Tensor:
