@@ -65,7 +65,6 @@ def calls() -> dict[str, Callable[[], Any]]:
         "norms": lambda: ops.norms(u),
         "maxes": lambda: ops.maxes(u),
         "mean_rows of 1 row": lambda: ops.mean_rows(u, 1),
-        "rademacher": lambda: ops.rademacher(private, D),
         "hadamard": lambda: ops.hadamard(u),
         "rotate": lambda: ops.rotate(u, [private], D),
         f"gather_dealt, {ROWS} parts": lambda: ops.gather_dealt(u, shared, part[:1], ROWS, D // ROWS),

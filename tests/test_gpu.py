@@ -89,16 +89,6 @@ def bits(ops, v):
     return [*out, drawn, *(ops.encode_bits(v.u, v.r, v.private, v.tie, 5, place, s) for s in (shifts, None))]
 
 
-def into(ops, v, name):
-    """A result written where the caller says: side by side, or with gaps between."""
-    out, shape = [], (v.d,) if name == "mean_bits" else (v.m, v.d)
-    arguments = (v.bytes, v.r, v.d, 7)[: 5 - len(shape)]
-    for wide in (torch.zeros(*shape), torch.zeros(*shape[:-1], 2 * v.d)[..., ::2]):
-        given = wide if ops is reference else there(wide)
-        out += [getattr(ops, name)(*arguments, out=given), back(given)]
-    return [*out, getattr(ops, name)(*arguments)]
-
-
 def offset_grid(ops, v, name):
     out = []
     for strata, levels, steps in ((5, 3, 9), (1000, 2, 999)):
@@ -141,8 +131,8 @@ FEWER = CASES | {
     "encode_bits": bits,
     "encode_levels": levels,
     "encode_natural_levels": lambda ops, v: [ops.encode_natural_levels(v.u, v.r, v.private, s) for s in (1, 7, 127)],
-    "decode_bits": lambda ops, v: into(ops, v, "decode_bits"),
-    "mean_bits": lambda ops, v: into(ops, v, "mean_bits"),
+    "decode_bits": lambda ops, v: ops.decode_bits(v.bytes, v.r, v.d),
+    "mean_bits": lambda ops, v: ops.mean_bits(v.bytes, v.r, v.d, 7),
     "pack": lambda ops, v: [ops.pack(v.codes(2**b), b) for b in (0, 1, 3, 8, 31)],
     "unpack": lambda ops, v: [ops.unpack(reference.pack(v.codes(2**b), b), v.d, b) for b in (0, 1, 3, 8, 31)],
 }

@@ -191,7 +191,6 @@ CASES: dict[str, Callable[[ModuleType, Inputs], object]] = {
     "norms": lambda ops, v: ops.norms(v.u),
     "pack": packed,
     "permutation": lambda ops, v: ops.permutation(v.private, v.d),
-    "rademacher": lambda ops, v: ops.rademacher(v.private, v.d),
     "scatter": lambda ops, v: sparse(ops, v, "scatter"),
     "square_norm": lambda ops, v: ops.square_norm(v.u[0].double()),
     "support": lambda ops, v: [ops.support(v.private, v.d, k) for k in {1, (v.d + 1) // 2, v.d, max(1, v.d // 40)}],
@@ -566,15 +565,3 @@ def test_two_threads_give_the_bytes_of_one(name):
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             same(a, b)
-
-
-def test_results_are_written_where_the_caller_says():
-    """Side by side, in columns of something wider, or with gaps between them."""
-    v = Inputs(3, 300, 1.0)
-    rows, mean = reference.decode_bits(v.bytes, v.r, v.d), reference.mean_bits(v.bytes, v.r, v.d, 7)
-    wide = torch.zeros(3, 700)
-    for out in (torch.zeros(3, 300), wide[:, 50:350], wide[:, 50:650:2]):
-        assert cpu.decode_bits(v.bytes, v.r, v.d, out=out) is out
-        assert torch.equal(out, rows)
-        assert cpu.mean_bits(v.bytes, v.r, v.d, 7, out=out[0]) is not None
-        assert torch.equal(out[0], mean)

@@ -59,7 +59,6 @@ __all__ = [
     "pack",
     "pack_trits",
     "permutation",
-    "rademacher",
     "rotate",
     "rotate_back",
     "scatter",
@@ -265,17 +264,15 @@ def _signs(payload: Tensor, d: int) -> np.ndarray:
     return 2.0 * np.unpackbits(payload.numpy(), axis=1, count=d, bitorder="little") - 1.0
 
 
-def decode_bits(payload: Tensor, r: Tensor, d: int, out: Tensor | None = None) -> Tensor:
-    """(m, d) float32, in `out` if given: r_i where the bit is set, -r_i where not."""
-    values = torch.from_numpy((_signs(payload, d) * r.numpy()[:, None]).astype(np.float32))
-    return values if out is None else out.copy_(values)
+def decode_bits(payload: Tensor, r: Tensor, d: int) -> Tensor:
+    """(m, d) float32: r_i where the bit is set, -r_i where not."""
+    return torch.from_numpy((_signs(payload, d) * r.numpy()[:, None]).astype(np.float32))
 
 
-def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int, out: Tensor | None = None) -> Tensor:
-    """(d,) float32, in `out` if given: (1/cohort) sum_i (±r_i), in float64 from row 0 to row m-1, then rounded."""
+def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int) -> Tensor:
+    """(d,) float32: (1/cohort) sum_i (±r_i), in float64 from row 0 to row m-1, then rounded."""
     total = _total(_signs(payload, d) * r.numpy()[:, None].astype(np.float64))
-    mean = torch.from_numpy((total / cohort).astype(np.float32))
-    return mean if out is None else out.copy_(mean)
+    return torch.from_numpy((total / cohort).astype(np.float32))
 
 
 def encode_levels(

@@ -167,14 +167,12 @@ def _decode_bits(payload, r, out, lo, hi, first, last):
             values[j] = r[i] if (row[j >> 3] >> (j & 7)) & 1 else -r[i]
 
 
-def decode_bits(payload: Tensor, r: Tensor, d: int, out: Tensor | None = None) -> Tensor:
+def decode_bits(payload: Tensor, r: Tensor, d: int) -> Tensor:
     m = len(payload)
-    values = torch.from_numpy(ready((m, d), np.float32)) if out is None else out
-    if values.stride(-1) != 1:  # wide registers are stored side by side
-        values = values.contiguous()
-    args = (_rows(payload), r.numpy(), values.numpy())
+    values = ready((m, d), np.float32)
+    args = (_rows(payload), r.numpy(), values)
     share(lambda *part: _decode_bits(*args, *part), m, d)
-    return values if out is None else out.copy_(values)
+    return torch.from_numpy(values)
 
 
 @njit(cache=True, nogil=True)
@@ -242,10 +240,9 @@ def _count_bits(payload, r, factor, cohort, out, lo, hi):
             _weigh(counts, m, r, factor, cohort, out[at : at + count])
 
 
-def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int, out: Tensor | None = None) -> Tensor:
+def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int) -> Tensor:
     scales, rows = r.numpy(), _rows(payload)
-    out = torch.from_numpy(ready(d, np.float32)) if out is None else out
-    mean, least = out.numpy(), max(TILE, 4 * LEAST // max(len(scales), 4))
+    mean, least = ready(d, np.float32), max(TILE, 4 * LEAST // max(len(scales), 4))
     # With one scale a sum of ±r is r (2 count - m), exact in float64: counting gives the very bits of adding in order.
     if len(scales) and scales[0] > 0 and (scales == scales[0]).all():
         one = float(scales[0])
@@ -253,4 +250,4 @@ def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int, out: Tensor | Non
         spread(lambda lo, hi: _count_bits(rows, one, factor, cohort, mean, lo, hi), d, TILE, least)
     else:
         spread(lambda lo, hi: _mean_bits(rows, scales, mean, cohort, lo, hi), d, TILE, least)
-    return out
+    return torch.from_numpy(mean)

@@ -25,19 +25,6 @@ LEAF, INNER, BLOCK = 256, 4096, 65536  # coordinates in registers, in the first-
 COLUMNS = 2048  # of a pass over memory, a unit of work
 
 
-@njit(cache=True, nogil=True)
-def _rademacher(words, out):
-    for i in range(out.shape[0]):
-        for j in range(out.shape[1]):
-            out[i, j] = np.float32(1) - np.float32(2) * np.float32((words[i, j >> 5] >> np.uint32(j & 31)) & 1)
-
-
-def rademacher(draw: Draw, d: int) -> Tensor:
-    out = np.empty((len(draw.slots), d), np.float32)
-    _rademacher(words(draw, -(-d // 32)).numpy(), out)
-    return torch.from_numpy(out)
-
-
 @njit(inline="always")
 def _radix(x, i, stride, count):
     if count == 16:

@@ -133,12 +133,12 @@ def _decode_bits(payload, r, out, stride, d, across, SIZE: tl.constexpr):
     tl.store(out + i * d + j, signs(payload + i * stride, j, d) * tl.load(r + i), mask=j < d)
 
 
-def decode_bits(payload: Tensor, r: Tensor, d: int, out: Tensor | None = None) -> Tensor:
+def decode_bits(payload: Tensor, r: Tensor, d: int) -> Tensor:
     payload, across = inner(payload), tiles(d)
-    values = torch.empty((len(payload), d), device=payload.device) if out is None else out.contiguous()
+    values = torch.empty((len(payload), d), device=payload.device)
     rows = (payload, r.contiguous(), values, payload.stride(0), d, across)
     launch(_decode_bits, len(payload) * across, values.device, *rows, SIZE=TILE)
-    return values if out is None else out.copy_(values)  # which does nothing where they are one
+    return values
 
 
 @triton.jit(do_not_specialize=("m", "cohort"))
@@ -151,9 +151,9 @@ def _mean_bits(payload, r, out, stride, m, d, cohort, SIZE: tl.constexpr):
     tl.store(out + j, (total / cohort.to(tl.float64)).to(tl.float32), mask=j < d)
 
 
-def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int, out: Tensor | None = None) -> Tensor:
+def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int) -> Tensor:
     payload = inner(payload)
-    mean = torch.empty(d, device=payload.device) if out is None else out.contiguous()
+    mean = torch.empty(d, device=payload.device)
     rows = (payload, r.contiguous(), mean, payload.stride(0), len(payload), d, cohort)
     launch(_mean_bits, tiles(d, ADDED), mean.device, *rows, SIZE=ADDED)
-    return mean if out is None else out.copy_(mean)
+    return mean

@@ -14,28 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.kernels.draw import Draw
-from shoal.kernels.gpu.launch import KEY, key, launch, tiles
-from shoal.kernels.gpu.philox import tile_of, words, words_tile
+from shoal.kernels.gpu.launch import launch, tiles
+from shoal.kernels.gpu.philox import tile_of, words
 
-SIGNS = 4096  # coordinates a program: 128 words of 32 signs
 FIRST, NEXT = 12, 8  # stages a pass: strides 1 .. 2^11 of 4096 neighbors, then eight strides at a time
 HELD = 4096  # coordinates a program: a later pass takes HELD / 2^stages neighbors from each of its places
-
-
-@triton.jit(do_not_specialize=KEY)
-def _rademacher(out, slots, d, across, index, stream, k0, k1, SIZE: tl.constexpr):
-    i, tile = tile_of(across)
-    j = tile * SIZE + tl.arange(0, SIZE)
-    w = words_tile(tile * (SIZE // 32), tl.load(slots + i), index, stream, k0, k1, SIZE // 32)
-    bits = (tl.reshape(w, (SIZE // 32, 1)) >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1
-    tl.store(out + i * d + j, tl.where(tl.reshape(bits, (SIZE,)) == 1, -1.0, 1.0), mask=j < d)
-
-
-def rademacher(draw: Draw, d: int) -> Tensor:
-    m, across = len(draw.slots), tiles(d, SIGNS)
-    out = torch.empty((m, d), device=draw.slots.device)
-    launch(_rademacher, m * across, out.device, out, draw.slots.contiguous(), d, across, *key(draw), SIZE=SIGNS)
-    return out
 
 
 @triton.jit
