@@ -51,7 +51,7 @@ def test_ties_in_strata_are_settled_alike(levels, strata):
     below = rng.integers(0, levels - 1, h.shape)
     z = (below * strata + place.numpy()[:, None]) * 65536 + h - steps * 32768 + rng.choice([0.0, 0.5], h.shape)
     u, r = torch.from_numpy((z / (steps * 32768.0)).astype(np.float32)), torch.ones(3)
-    cell, fraction = reference._cells(u, r, steps)
+    cell, fraction = reference.bits.cells(u, r, steps)
     y = cell + steps * 32768
     tied = y - y // (strata * 65536) * (strata * 65536) - place.numpy()[:, None] * 65536 == h
     assert tied.mean() > 0.5

@@ -216,7 +216,7 @@ def permk_rounds(n, d, monkeypatch):
     if d >= n:
         for shifts in itertools.product(range(n), repeat=-(-d // n)):
             words = np.array([[(2 * s + 1) * 2**31 // n for s in shifts]], np.uint32)  # the middle of what gives s
-            monkeypatch.setattr(reference, "_words", lambda draw, count, words=words: words[:, :count])
+            monkeypatch.setattr(reference.dealt, "word_array", lambda draw, count, words=words: words[:, :count])
             yield Round(0, 0, n, ids, ids, n)
     else:
         for order, owner in itertools.product(itertools.permutations(range(d)), itertools.permutations(range(n))):
@@ -251,8 +251,8 @@ def test_dealt_lengths_and_their_bound(parts, d, monkeypatch):
         mean = np.zeros(d)
         for shifts in itertools.product(range(parts), repeat=-(-d // parts)):
             words = np.array([[(2 * s + 1) * 2**31 // parts for s in shifts]], np.uint32)
-            monkeypatch.setattr(reference, "_words", lambda draw, count, words=words: words[:, :count])
-            owner = reference._owners(None, parts, d)
+            monkeypatch.setattr(reference.dealt, "word_array", lambda draw, count, words=words: words[:, :count])
+            owner = reference.dealt._owners(None, parts, d)
             size = np.bincount(owner, minlength=parts)
             counts[shifts] = owner
             mean += [constant(b) for b in size[owner].tolist()]
@@ -463,12 +463,12 @@ def test_rounding_bias(steps):
     halves, ties = np.arange(2**16), np.arange(2**24, dtype=np.uint32) << np.uint32(8)
     for value, scale in AWKWARD:
         u, r = np.float32(value), np.float32(scale)
-        cell, frac = reference._cells(torch.tensor([[u]]), torch.tensor([r]), steps)
+        cell, frac = reference.bits.cells(torch.tensor([[u]]), torch.tensor([r]), steps)
         hits = Fraction(0)
-        ties_below = int(np.count_nonzero(reference._below(0, 0, ties, frac[0])))
+        ties_below = int(np.count_nonzero(reference.bits.decided(0, 0, ties, frac[0])))
         for place in range(steps):
             t = int(cell[0, 0]) + steps * 32768 - place * 65536
-            low = reference._below(halves, t, np.full(2**16, 2**32 - 1, np.uint32), np.float32(0))
+            low = reference.bits.decided(halves, t, np.full(2**16, 2**32 - 1, np.uint32), np.float32(0))
             hits += Fraction(int(low.sum()), 2**16)
             if 0 <= t < 2**16:
                 hits += Fraction(ties_below, 2**40)

@@ -36,7 +36,7 @@ from shoal.compressors.entropy import entropy_bound, layout
 from shoal.core import Messages, Round
 from shoal.errors import ConfigError, LengthError, PayloadError
 from shoal.kernels import cpu, reference
-from shoal.kernels.reference import state_bytes
+from shoal.kernels.reference.entropy import state_bytes
 from shoal.methods import Diana, Marina
 
 INNERS = [

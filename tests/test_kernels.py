@@ -392,7 +392,7 @@ def test_ties_of_bits_are_settled_alike(strata):
     at = ((place[:, None] + shifts.long()) % strata).numpy()
     h, r = reference.halves(v.private, 2500).numpy(), torch.ones(3)
     u = on_the_border(h, strata, at, v.rng)
-    cell, fraction = reference._cells(u, r, strata)
+    cell, fraction = reference.bits.cells(u, r, strata)
     ties = (cell + strata * 32768 - at * 65536 == h).mean()
     assert ties > 0.99, "the vectors miss the border"
     arguments = (u, r, v.private, v.tie, strata, place, v.shared)
@@ -409,7 +409,7 @@ def test_ties_of_levels_are_settled_alike(levels):
     below = v.rng.integers(0, levels - 1, h.shape)
     z = (below << 16) + h - (levels - 1) * 32768 + v.rng.choice([0.0, 0.25, 0.5, 0.75], h.shape)
     u = torch.from_numpy((z / ((levels - 1) * 32768.0)).astype(np.float32))
-    cell, fraction = reference._cells(u, r, levels - 1)
+    cell, fraction = reference.bits.cells(u, r, levels - 1)
     assert (((cell + (levels - 1) * 32768) & 65535) == h).mean() > 0.9
     arguments = (u, r, v.private, v.tie, levels)
     same(reference.encode_levels(*arguments), cpu.encode_levels(*arguments))

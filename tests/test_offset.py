@@ -124,7 +124,7 @@ def test_ties_on_an_offset_grid_are_settled_alike():
     shifts = torch.zeros(1, d, dtype=torch.int32)
     args = (u, torch.ones(3), private, tie, 3, n, place, shifts, steps, offset)
     assert torch.equal(reference.encode_strata(*args), cpu.encode_strata(*args))
-    cell, fraction = reference._cells(u, torch.ones(3), steps)
+    cell, fraction = reference.bits.cells(u, torch.ones(3), steps)
     tied = (cell == z) & (fraction > 0) & (fraction < 1)
     assert (cell == z).mean() > 0.3
     assert tied.sum() > 100

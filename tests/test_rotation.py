@@ -60,12 +60,12 @@ def test_hadamard_does_not_overflow_on_the_way(ops):
 
 def test_signs_are_bits_of_words():
     draw = Round.full(3, 9, 2).draw("a stream")
-    signs, words = reference.rademacher(draw, 70), cpu.words(draw, 3)
+    signs, words = reference.rotation.rademacher(draw, 70), cpu.words(draw, 3)
     for i, j in product(range(2), range(70)):
         bit = int(words[i, j // 32]) >> (j % 32) & 1
         assert signs[i, j] == (-1.0 if bit else 1.0)
     # 2 x 10^5 fair signs: their mean is within six standard errors of zero.
-    assert abs(float(reference.rademacher(draw, 10**5).mean())) < SIX / math.sqrt(2e5)
+    assert abs(float(reference.rotation.rademacher(draw, 10**5).mean())) < SIX / math.sqrt(2e5)
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 7, 16, 130, 5000])

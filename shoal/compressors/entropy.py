@@ -22,7 +22,7 @@ from shoal.compressors.pointwise import Natural, NaturalDithering, Ternary
 from shoal.compressors.rotation import Conditional, Grid, Rotated, padded
 from shoal.core import Compressor, Messages, Round, Rows, Vector
 from shoal.errors import ConfigError, LengthError, PayloadError
-from shoal.kernels.reference import state_bytes
+from shoal.kernels.reference.entropy import state_bytes
 from shoal.theory import AB
 
 MOST = 512  # symbols: the counts of more would take longer than what they save

@@ -14,7 +14,7 @@ from shoal.kernels.cpu.lanes import MOST_STRATA, add_signs_64, bits_256, count_5
 from shoal.kernels.cpu.philox import TILE, copy, fill_below, fill_halves, key, word
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.draw import Draw
-from shoal.kernels.reference import LIFT, TINY
+from shoal.kernels.reference.bits import LIFT, TINY
 
 V = np.float32(2.0**-24)
 WIDE = 4 * TILE  # coordinates that share a pass of shifts: 16 KiB, and a row's turn costs as much as some hundred bits
@@ -23,7 +23,7 @@ _MAGIC, _TOP = np.uint64(0x0102040810204080), np.uint64(56)
 
 @njit(inline="always")
 def cell_scale(r, steps):
-    """(lift, s) with cell = floor((u lift) s): see reference._cells."""
+    """(lift, s) with cell = floor((u lift) s): see reference.bits.cells."""
     if r == np.float32(0):
         return np.float32(1), np.float32(0)
     lift = LIFT if r < TINY else np.float32(1)

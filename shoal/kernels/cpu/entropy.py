@@ -8,7 +8,7 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.threads import LEAST, spread
-from shoal.kernels.reference import DIGIT, LOW, state_bytes
+from shoal.kernels.reference.entropy import DIGIT, LOW, state_bytes
 
 
 @njit(inline="always")

@@ -10,7 +10,7 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.threads import LEAST, spread
-from shoal.kernels.reference import LOST
+from shoal.kernels.reference.lowrank import LOST
 
 
 @njit(inline="always")

@@ -11,7 +11,7 @@ from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.rotation import add_pieces
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.cpu.vectors import add_products, split_64
-from shoal.kernels.reference import SUM_BLOCK
+from shoal.kernels.reference.sums import SUM_BLOCK
 
 PASS = 64  # coordinates that are coded together: a whole number of bytes for any number of bits
 

@@ -15,7 +15,7 @@ from shoal.kernels.cpu.sums import added_lanes, block_sums
 from shoal.kernels.cpu.tables import decode_table, mean_table
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.draw import Draw
-from shoal.kernels.reference import LANES, SUM_BLOCK
+from shoal.kernels.reference.sums import LANES, SUM_BLOCK
 
 
 @njit(cache=True, nogil=True)

@@ -19,7 +19,7 @@ from shoal.kernels.cpu.philox import words
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.cpu.vectors import add_products, first_256, flip_16, radix_2, radix_4, radix_8, radix_16
 from shoal.kernels.draw import Draw
-from shoal.kernels.reference import SUM_BLOCK
+from shoal.kernels.reference.sums import SUM_BLOCK
 
 LEAF, INNER, BLOCK = 256, 4096, 65536  # coordinates in registers, in the first-level cache, in the second-level cache
 COLUMNS = 2048  # of a pass over memory, a unit of work

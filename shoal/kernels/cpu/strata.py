@@ -62,7 +62,7 @@ def encode_strata(
 
 @njit(inline="always")
 def point(code, r, strata, steps, offset):
-    """The grid point of a code, before it is rounded to float32: see reference._points."""
+    """The grid point of a code, before it is rounded to float32: see reference.strata._points."""
     at = code * (strata * 65536) - np.int64(offset) - steps * 32768
     return r * np.float64(at) / np.float64(steps * 32768)
 

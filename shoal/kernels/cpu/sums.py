@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shoal.kernels.cpu.lanes import add_squares_16, add_squares_256
 from shoal.kernels.cpu.threads import LEAST, spread
-from shoal.kernels.reference import LANES, SUM_BLOCK
+from shoal.kernels.reference.sums import LANES, SUM_BLOCK
 
 
 @njit(inline="always")

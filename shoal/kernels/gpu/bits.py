@@ -10,13 +10,13 @@ from torch import Tensor
 from shoal.kernels.draw import Draw
 from shoal.kernels.gpu.launch import KEY, TILE, headed, inner, key, launch, tiles
 from shoal.kernels.gpu.philox import below_tile, halves_tile, tile_of, words_tile
-from shoal.kernels.reference import LIFT, TINY
+from shoal.kernels.reference.bits import LIFT, TINY
 
 ADDED = 512  # coordinates a program that adds rows: each waits for its sums, so there are more of them
 
 
 def cell_scale(r: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """(lift, s), each (m,) float32, with cell = floor((u lift) s): see reference._cells."""
+    """(lift, s), each (m,) float32, with cell = floor((u lift) s): see reference.bits.cells."""
     lift = torch.where((r > 0) & (r < float(TINY)), float(LIFT), 1.0)
     safe = torch.where(r == 0, 1.0, r * lift)
     return lift, torch.where(r == 0, 0.0, torch.full_like(r, steps * 32768) / safe)
@@ -31,7 +31,7 @@ def floored(z):
 
 @triton.jit
 def below(h, t, frac, lo, slot, index, tie, k0, k1, SIZE: tl.constexpr):
-    """U < (t + frac) / 2^16, see reference._below; the second words are drawn where a coordinate of the tile ties."""
+    """U < (t + frac) / 2^16, see reference.bits.decided; second words are drawn where a coordinate ties."""
     out = h < t
     tied = h == t
     if tl.sum(tied.to(tl.int32), axis=0) > 0:

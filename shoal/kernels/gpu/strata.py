@@ -34,7 +34,7 @@ def encode_strata(
 
 @triton.jit
 def point(code, scale, offset, strata, steps):
-    """The grid point of a code, before it is rounded to float32: see reference._points."""
+    """The grid point of a code, before it is rounded to float32: see reference.strata._points."""
     width, half = strata.to(tl.int64) * 65536, steps.to(tl.int64) * 32768
     at = code.to(tl.int64) * width - offset.to(tl.int64) - half
     return scale.to(tl.float64) * at.to(tl.float64) / half.to(tl.float64)

@@ -15,7 +15,7 @@ from shoal.kernels import divided
 from shoal.kernels.gpu.bits import ADDED
 from shoal.kernels.gpu.launch import TILE, launch, tiles
 from shoal.kernels.gpu.philox import tile_of
-from shoal.kernels.reference import LANES, SUM_BLOCK
+from shoal.kernels.reference.sums import LANES, SUM_BLOCK
 
 RUNS, STEPS = 8, 8
 

@@ -1,0 +1,96 @@
+"""Every kernel in plain numpy: slow, obviously right, and the definition of what the others must return, bit for bit.
+
+All functions take and return torch tensors on the CPU. Rows are (m, d) float32; r are (m,) float32 scales. Floats that
+end in a message or in an iterate are summed in float64 in a fixed order, so that a row's bits never depend on the rows
+beside it, on the chunking or on the number of threads.
+"""
+
+from shoal.kernels.reference.bits import decode_bits, encode_bits, mean_bits, sign_bits
+from shoal.kernels.reference.codes import pack, pack_trits, unpack, unpack_trits
+from shoal.kernels.reference.dealt import dealt_lengths, gather_dealt, mean_dealt, scatter_dealt
+from shoal.kernels.reference.entropy import decode_entropy, encode_entropy
+from shoal.kernels.reference.levels import (
+    decode_levels,
+    decode_trits,
+    encode_levels,
+    encode_trits,
+    mean_levels,
+    mean_trits,
+)
+from shoal.kernels.reference.lowrank import low_rank, outer
+from shoal.kernels.reference.philox import below, halves, permutation, support, words
+from shoal.kernels.reference.pointwise import (
+    decode_natural,
+    decode_natural_levels,
+    encode_natural,
+    encode_natural_levels,
+    mean_natural,
+    mean_natural_levels,
+)
+from shoal.kernels.reference.rotation import (
+    decode_points,
+    encode_points,
+    encode_signs,
+    hadamard,
+    rotate,
+    rotate_back,
+)
+from shoal.kernels.reference.sparse import gather, mean_sparse, scatter, topk
+from shoal.kernels.reference.strata import decode_strata, encode_strata, mean_strata
+from shoal.kernels.reference.sums import add_rows, dots, maxes, mean_abs, mean_rows, norms, square_norm
+
+__all__ = [
+    "add_rows",
+    "below",
+    "dealt_lengths",
+    "decode_bits",
+    "decode_entropy",
+    "decode_levels",
+    "decode_natural",
+    "decode_natural_levels",
+    "decode_points",
+    "decode_strata",
+    "decode_trits",
+    "dots",
+    "encode_bits",
+    "encode_entropy",
+    "encode_levels",
+    "encode_natural",
+    "encode_natural_levels",
+    "encode_points",
+    "encode_signs",
+    "encode_strata",
+    "encode_trits",
+    "gather",
+    "gather_dealt",
+    "hadamard",
+    "halves",
+    "low_rank",
+    "maxes",
+    "mean_abs",
+    "mean_bits",
+    "mean_dealt",
+    "mean_levels",
+    "mean_natural",
+    "mean_natural_levels",
+    "mean_rows",
+    "mean_sparse",
+    "mean_strata",
+    "mean_trits",
+    "norms",
+    "outer",
+    "pack",
+    "pack_trits",
+    "permutation",
+    "rotate",
+    "rotate_back",
+    "scatter",
+    "scatter_dealt",
+    "sign_bits",
+    "square_norm",
+    "support",
+    "topk",
+    "unpack",
+    "unpack_trits",
+    "words",
+]

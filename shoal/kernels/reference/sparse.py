@@ -1,0 +1,39 @@
+"""Kept coordinates: gathered, scattered, added, and the largest found."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def gather(u: Tensor, index: Tensor, pointer: Tensor, width: int) -> Tensor:
+    """(m, width) float32: row i holds u[i, index[pointer[i]:pointer[i+1]]], then zeros."""
+    out, index_, at = np.zeros((len(u), width), np.float32), index.numpy(), pointer.tolist()
+    for i in range(len(u)):
+        out[i, : at[i + 1] - at[i]] = u.numpy()[i, index_[at[i] : at[i + 1]]]
+    return torch.from_numpy(out)
+
+
+def scatter(values: Tensor, index: Tensor, pointer: Tensor, d: int, scale: float) -> Tensor:
+    """(m, d) float32: scale times the values at their indices, zero elsewhere."""
+    out, index_, at = np.zeros((len(values), d), np.float32), index.numpy(), pointer.tolist()
+    for i in range(len(values)):
+        row = values.numpy()[i, : at[i + 1] - at[i]].astype(np.float64)
+        out[i, index_[at[i] : at[i + 1]]] = (row * scale).astype(np.float32)
+    return torch.from_numpy(out)
+
+
+def mean_sparse(values: Tensor, index: Tensor, pointer: Tensor, d: int, scale: float, cohort: int) -> Tensor:
+    """(d,) float64: (scale/cohort) sum_i of the rows, from row 0 to row m-1."""
+    out, index_, at = np.zeros(d), index.numpy(), pointer.tolist()
+    for i in range(len(values)):
+        row = values.numpy()[i, : at[i + 1] - at[i]].astype(np.float64)
+        np.add.at(out, index_[at[i] : at[i + 1]], row)
+    return torch.from_numpy(out * scale / cohort)
+
+
+def topk(u: Tensor, k: int) -> Tensor:
+    """(m, k) int64, ascending: the k coordinates of largest magnitude; ties go to the lowest index."""
+    order = np.argsort(-np.abs(u.numpy()), axis=1, kind="stable")[:, :k]
+    return torch.from_numpy(np.sort(order, axis=1))

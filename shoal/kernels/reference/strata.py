@@ -1,0 +1,55 @@
+"""Grids with an offset of their own at every coordinate."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.kernels.draw import Draw
+from shoal.kernels.reference.bits import cells, decided
+from shoal.kernels.reference.codes import pack
+from shoal.kernels.reference.philox import half_array, word_array
+from shoal.kernels.reference.sums import total_of
+
+
+def encode_strata(
+    u: Tensor,
+    r: Tensor,
+    private: Draw,
+    tie: Draw,
+    levels: int,
+    strata: int,
+    place: Tensor,
+    shifts: Tensor,
+    steps: int,
+    offset: Tensor,
+) -> Tensor:
+    """(m, ceil(d b / 8)) uint8: each coordinate rounded to a neighbor on a grid of its own, for all rows the same.
+
+    `encode_levels` with `steps` strata in place of (levels - 1) strata over [-r, r], on points that start
+    offset_j 2^-16 strata below -r and are `strata` strata apart. offset (d,) is in 0..65535.
+    """
+    cell, frac = cells(u, r, steps)
+    y = cell + steps * 32768 + offset.numpy().astype(np.int64)
+    spot = place.numpy().astype(np.int64)[:, None] + shifts.numpy().astype(np.int64)
+    whole = y // (strata * 65536)
+    t = y - whole * (strata * 65536) - (spot % strata) * 65536
+    up = decided(half_array(private, u.shape[1]), t, word_array(tie, u.shape[1]), frac)
+    code = np.clip(whole + up, 0, levels - 1).astype(np.int64)
+    return pack(torch.from_numpy(code), (levels - 1).bit_length())
+
+
+def _points(code: Tensor, r: Tensor, strata: int, steps: int, offset: Tensor) -> np.ndarray:
+    at = code.numpy() * (strata * 65536) - offset.numpy().astype(np.int64) - steps * 32768
+    return r.numpy().astype(np.float64)[:, None] * at / (steps * 32768)
+
+
+def decode_strata(code: Tensor, r: Tensor, strata: int, steps: int, offset: Tensor) -> Tensor:
+    """(m, d) float32 of (m, d) unpacked codes: r_i (code strata 2^16 - offset_j - steps 2^15) / (steps 2^15)."""
+    return torch.from_numpy(_points(code, r, strata, steps, offset).astype(np.float32))
+
+
+def mean_strata(code: Tensor, r: Tensor, strata: int, steps: int, offset: Tensor, cohort: int) -> Tensor:
+    """(d,) float64: (1/cohort) sum_i of the grid values, from row 0 to row m-1."""
+    return torch.from_numpy(total_of(_points(code, r, strata, steps, offset)) / cohort)
