@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from shoal import kernels, rng
-from shoal.core import Round
 from shoal.experiments.timing import Row
+from shoal.messages import Round
 
 D, ROWS, BITS = 1 << 27, 16, 4
 

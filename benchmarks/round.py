@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from shoal import EF21, QSGD, Correlated, Diana, Independent, Marina, PermK, RandK, TopK
-from shoal.core import Compressor, Messages, Method, Problem, Round, Rows, Vector
+from shoal.core import Compressor, Method, Problem
 from shoal.descents import Step
 from shoal.errors import ConfigError
 from shoal.experiments.expressions import compact
 from shoal.experiments.timing import Row, beside_copy, clock, normal_rows
+from shoal.messages import Messages, Round, Rows, Vector
 from shoal.runtimes import Local, rounds
 from shoal.theory import Smoothness
 

@@ -17,7 +17,7 @@ import torch
 from shoal.compressors import Drive, Eden
 from shoal.compressors.drive import Turned
 from shoal.compressors.rotation import padded
-from shoal.core import Round
+from shoal.messages import Round
 
 
 def vectors(d: int) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ import torch
 from shoal.compressors import Correlated, Drive, Eden
 from shoal.compressors.correlated import exact_error
 from shoal.compressors.drive import DISTORTION, EXCESS, Turned
-from shoal.core import Round
+from shoal.messages import Round
 
 Ratio = Callable[[np.ndarray], float]
 

@@ -4,7 +4,8 @@
 2. A method is an estimator of grad f in two halves of pure functions: the workers' (`up`, `commit`) and the server's
    (`down`, `estimate`). What is done with the estimate is a `Descent`.
 3. A compressor is the joint law of C_1..C_n and its wire format: rows in, bytes out. It has no state.
-4. Every random number is a pure function of (seed, stream, round, slot, coordinate): see `Round`.
+4. Every random number is a pure function of (seed, stream, round, slot, coordinate): see `Round` in
+   `shoal.messages`, where rows, messages and their checks stand.
 5. A runtime provides a channel: these bytes down, these bytes up, in slot order.
 
 One letter, one meaning: n clients in all, m hosted here, d coordinates, k kept coordinates, x iterate, g estimate,
@@ -17,204 +18,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from shoal import kernels, rng
-from shoal.errors import ConfigError, LengthError, NonFiniteError, PayloadError
+from shoal import kernels
+from shoal.errors import ConfigError
+from shoal.messages import Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats
 from shoal.theory import AB, Setting, Smoothness, StepSize, independent
-
-Vector = Tensor  # (d,) float32
-Rows = Annotated[Tensor, "one row a hosted client"]  # (m, d) float32; in a state, the annotation is read by the driver
-FLOAT_MAX = torch.finfo(torch.float32).max
-
-
-@dataclass(frozen=True)
-class Round:
-    """Which round, whose rows, and every random number of it.
-
-    `clients` (m,) are the ids of the clients hosted here that take part; `slots` (m,) their places 0..cohort-1 among
-    this round's messages (with full participation slots = clients, cohort = n). `agreed` is the scalar all clients
-    settled on this round, where the compressor asked for one. `members` (cohort,) are the ids of all who take part, in
-    slot order, wherever they are hosted; None where everyone does.
-    """
-
-    index: int
-    seed: int
-    n: int
-    clients: Tensor
-    slots: Tensor
-    cohort: int
-    agreed: float | None = None
-    prefix: str = ""
-    members: Tensor | None = None
-
-    @staticmethod
-    def full(index: int, seed: int, n: int, clients: Tensor | None = None) -> Round:
-        """A round in which all n clients take part, seen by the process that hosts `clients` (default: all)."""
-        ids = torch.arange(n) if clients is None else clients
-        return Round(index, seed, n, ids, ids, n)
-
-    def among(self, members: Tensor) -> Round:
-        """The same round with these clients alone, (cohort,) ascending int64 ids: a client's place is its slot.
-
-        A client that stands there twice has two slots, and sends twice. Raises ConfigError for anything else.
-        """
-        known = members.dtype == torch.int64 and members.ndim == 1 and len(members) > 0
-        if not known or int(members[0]) < 0 or int(members[-1]) >= self.n or bool((members.diff() < 0).any()):
-            raise ConfigError(f"cohort {members.tolist()!r}: ids of the clients 0..{self.n - 1}, int64, ascending.")
-        slots = torch.isin(members, self.clients).nonzero()[:, 0]
-        return replace(self, clients=members[slots], slots=slots, cohort=len(members), members=members)
-
-    def draw(self, stream: str, slots: Tensor | None = None) -> kernels.Draw:
-        """The named stream of the given slots (default: the hosted rows', private)."""
-        return kernels.Draw(
-            self.slots if slots is None else slots, self.index, rng.stream_id(self.prefix + stream), self.seed
-        )
-
-    def shared(self, stream: str) -> kernels.Draw:
-        """The named stream that all clients and the server derive alike."""
-        return self.draw(stream, rng.SHARED.to(self.slots.device))
-
-    def uniform(self, d: int, stream: str) -> Tensor:
-        """(m, d) float32 on [0, 1), private to each row."""
-        return rng.uniform(self.draw(stream), d)
-
-    def coin(self, p: float, stream: str) -> bool:
-        """Heads with probability p, the same for all."""
-        return rng.shared_uniform(self.index, rng.stream_id(self.prefix + stream), self.seed) < p
-
-    def permutation(self, d: int, stream: str) -> Tensor:
-        """(d,) int64: a shared uniform permutation."""
-        return rng.permutation(self.shared(stream), d)
-
-    def server(self) -> Round:
-        """The server's own randomness: one row whose slot no client has."""
-        slot = rng.SERVER.to(self.slots.device)
-        return replace(self, clients=slot, slots=slot)
-
-    def everyone(self) -> Round:
-        """The same round with the rows of all who take part, wherever they are hosted: what the server sends to."""
-        ids = torch.arange(self.n) if self.members is None else self.members
-        return replace(self, clients=ids, slots=torch.arange(self.cohort))
-
-    def fork(self, name: str) -> Round:
-        """A second, independent use of the same streams in one round."""
-        return replace(self, prefix=f"{self.prefix}{name}/")
-
-    def to(self, device: torch.device | str) -> Round:
-        """The same round for rows on this device: what it draws lies there, and is the same everywhere."""
-        return replace(self, clients=self.clients.to(device), slots=self.slots.to(device))
-
-    def rows(self, part: slice | Tensor) -> Round:
-        """The same round for some of the hosted rows."""
-        return replace(self, clients=self.clients[part], slots=self.slots[part])
-
-
-@dataclass(frozen=True)
-class Messages:
-    """Row i is payload[i, :nbytes[i]], of slot slots[i]. These bytes are what travels and what is counted."""
-
-    payload: Tensor  # (m, capacity) uint8, zero beyond nbytes
-    nbytes: Tensor  # (m,) int64
-    slots: Tensor  # (m,) int64
-    d: int
-
-    @staticmethod
-    def of(payload: Tensor, rnd: Round, d: int, nbytes: Tensor | None = None) -> Messages:
-        """Rows of bytes, all of them in use unless `nbytes` says otherwise."""
-        if nbytes is None:
-            nbytes = torch.full((len(payload),), payload.shape[1], device=payload.device)
-        return Messages(payload, nbytes, rnd.slots, d)
-
-    @property
-    def shared(self) -> bool:
-        """Whether this is the server's one row, which all clients hear."""
-        return len(self.slots) == 1 and int(self.slots[0]) == int(rng.SERVER)
-
-    def rows(self, part: slice | Tensor) -> Messages:
-        """What these rows' clients hear of a downlink: their own rows, or the one row for all."""
-        return self if self.shared else Messages(self.payload[part], self.nbytes[part], self.slots[part], self.d)
-
-    def checked(self, lengths: int | Tensor) -> Tensor:
-        """The payload, if every row is exactly as long as the code says. Raises LengthError otherwise.
-
-        The first line of every `decode`: no byte is read before its length is right.
-        """
-        wide = self.payload.shape[1]
-        if isinstance(lengths, int) and lengths <= wide and bool((self.nbytes == lengths).all()):
-            return self.payload if lengths == wide else self.payload[:, :lengths]
-        expected = torch.as_tensor(lengths, device=self.nbytes.device).expand(len(self.nbytes))
-        if not torch.equal(self.nbytes, expected) or (len(expected) and wide < int(expected.max())):
-            raise LengthError(
-                f"rows of {self.nbytes.tolist()[:4]} bytes in {wide}; the code says {expected.tolist()[:4]}."
-            )
-        return self.payload[:, : int(expected.max())] if len(expected) else self.payload
-
-
-def as_bytes(x: Tensor) -> Tensor:
-    """The little-endian bytes of a contiguous (m, c) float32 tensor: (m, 4 c) uint8."""
-    x = x.contiguous()
-    # A single number counts as contiguous whatever its stride, which a view as bytes does not accept.
-    return (x if x.stride(-1) == 1 else x.as_strided(x.shape, (x.shape[1], 1))).view(torch.uint8)
-
-
-def as_floats(b: Tensor) -> Tensor:
-    """(m, c) float32 of (m, 4 c) bytes."""
-    if not b.numel():
-        return torch.zeros(b.shape[0], b.shape[1] // 4, device=b.device)
-    b = b.contiguous()
-    aligned = b.storage_offset() % 4 == 0 and b.stride(0) % 4 == 0 and b.stride(1) == 1
-    return (b if aligned else b.clone(memory_format=torch.contiguous_format)).view(torch.float32)
-
-
-def finite_floats(b: Tensor, gain: float = 1.0) -> Tensor:
-    """(m, c) float32 of received bytes. Raises PayloadError unless they stay finite when multiplied by `gain`."""
-    values = as_floats(b)
-    if values.numel() and not within(kernels.of(values).maxes(values), gain):
-        raise PayloadError("a value is not finite, or not once it is scaled.")
-    return values
-
-
-def shaped_rows(u: Rows, rnd: Round) -> Rows:
-    """u itself (contiguous, detached), if these are rows of the round. Raises ConfigError for a wrong shape, dtype or
-    device."""
-    if u.ndim != 2 or u.dtype != torch.float32 or u.shape[0] != len(rnd.slots) or u.shape[1] == 0:
-        raise ConfigError(
-            f"compressing {tuple(u.shape)} {u.dtype} for {len(rnd.slots)} clients: rows are (m, d) float32 with d >= 1."
-        )
-    if u.device != rnd.slots.device:
-        raise ConfigError(f"rows on {u.device} in a round on {rnd.slots.device}: take rnd.to(u.device).")
-    return u.detach().contiguous()
-
-
-def measured_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 1.0) -> tuple[Rows, Tensor]:
-    """u as `checked_rows` has it, and (m,) max_j |u_ij|, for whom that is more than a check."""
-    u = shaped_rows(u, rnd)
-    factor, top = gain(u.shape[1]), kernels.of(u).maxes(u)
-    if not within(top, factor):
-        bad = ~(top.double() * factor <= FLOAT_MAX)
-        at, value = int(rnd.clients[bad][0]), float(top[bad][0])
-        who = "the server" if at == int(rng.SERVER) else f"client {at}"
-        what = f"overflows float32 when scaled by {factor:g}" if value < float("inf") else "is not finite"
-        raise NonFiniteError(f"{who}, round {rnd.index}: an entry of magnitude {value:g} {what}.")
-    return u, top
-
-
-def within(r: Tensor, gain: float = 1.0) -> bool:
-    """Whether gain times each of these numbers is finite, in float32; a NaN is not. (One look at the largest.)"""
-    return not r.numel() or float(r.max()) * gain <= FLOAT_MAX
-
-
-def checked_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 1.0) -> Rows:
-    """u itself (contiguous, detached), if it can be compressed: the first line of every `encode`.
-
-    Raises ConfigError for a wrong shape, dtype or device, NonFiniteError for a NaN, an infinity, or a finite value that
-    overflows float32 once multiplied by `gain(d)`. Names the client.
-    """
-    return measured_rows(u, rnd, gain)[0]
 
 
 # ------------------------------------------------------------------------------------------------ compressors

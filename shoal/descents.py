@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.core import Vector
 from shoal.errors import ConfigError
+from shoal.messages import Vector
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from shoal.compressors import Bernoulli, Independent, Natural, NaturalDithering, Sign, Ternary
-from shoal.core import Compressor, Round
+from shoal.core import Compressor
+from shoal.messages import Round
 
 KINDS = (Bernoulli, Independent, Natural, NaturalDithering, Sign, Ternary)
 

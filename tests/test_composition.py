@@ -29,9 +29,10 @@ from shoal.compressors import (
     TopK,
 )
 from shoal.compressors.wrap import joined
-from shoal.core import Compressor, Round
+from shoal.core import Compressor
 from shoal.errors import ConfigError, LengthError, NonFiniteError
 from shoal.experiments.expressions import compact, known_names, parse
+from shoal.messages import Round
 from shoal.methods import EF21, Diana, Marina
 from shoal.problems import Quadratics
 from shoal.theory import AB

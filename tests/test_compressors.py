@@ -54,9 +54,10 @@ from shoal.compressors.correlated import exact_error
 from shoal.compressors.drive import Turned
 from shoal.compressors.rotation import padded
 from shoal.compressors.sparse import kept
-from shoal.core import Compressor, Messages, Round, Unbiased
+from shoal.core import Compressor, Unbiased
 from shoal.errors import ConfigError, NonFiniteError, WireError
 from shoal.kernels import reference
+from shoal.messages import Messages, Round
 from shoal.theory import AB
 
 every = pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
@@ -162,7 +163,7 @@ FRESH = """
 import json, sys
 import numpy as np, torch
 from shoal.compressors import *
-from shoal.core import Messages, Round
+from shoal.messages import Messages, Round
 folder = sys.argv[1]
 out = {}
 for i, job in enumerate(json.load(open(folder + "/jobs.json"))):

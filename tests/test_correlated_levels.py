@@ -22,9 +22,9 @@ from zoo import FAMILIES, inputs, round_of
 from shoal import kernels
 from shoal.compressors import Correlated
 from shoal.compressors.correlated import exact_error, grid_omega
-from shoal.core import Messages, Round
 from shoal.errors import ConfigError, NonFiniteError, PayloadError
 from shoal.kernels import Draw, cpu, reference
+from shoal.messages import Messages, Round
 
 
 # ------------------------------------------------------------------------------------------------ kernels

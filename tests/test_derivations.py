@@ -19,8 +19,8 @@ from shoal import kernels
 from shoal.compressors import QSGD, Correlated, Independent, PermK, RandK, TopK
 from shoal.compressors.blocks import dealt_bound
 from shoal.compressors.correlated import exact_error
-from shoal.core import Round
 from shoal.kernels import reference
+from shoal.messages import Round
 from shoal.methods import DCGD, EF21, Diana, Marina
 from shoal.problems import Quadratics
 from shoal.theory import Constant, Setting, Smoothness, best_p, ef21_constants, predicted_bits

@@ -30,9 +30,10 @@ from shoal.compressors import (
     Sign,
     TopK,
 )
-from shoal.core import Messages, Round, gradients_at
+from shoal.core import gradients_at
 from shoal.descents import Step
 from shoal.errors import ConfigError, NonFiniteError
+from shoal.messages import Messages, Round
 from shoal.methods import EF21, MarinaP, TwoWayEF21, TwoWayMarina
 from shoal.problems import Quadratics
 from shoal.runtimes import Local, rounds

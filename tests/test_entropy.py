@@ -33,10 +33,10 @@ from shoal.compressors import (
     TopK,
 )  # fmt: skip
 from shoal.compressors.entropy import entropy_bound, layout
-from shoal.core import Messages, Round
 from shoal.errors import ConfigError, LengthError, PayloadError
 from shoal.kernels import cpu, reference
 from shoal.kernels.reference.entropy import state_bytes
+from shoal.messages import Messages, Round
 from shoal.methods import Diana, Marina
 
 INNERS = [

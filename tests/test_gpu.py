@@ -22,9 +22,9 @@ from test_kernels import CASES, Inputs, on_the_border, read, same
 from torch.overrides import TorchFunctionMode
 
 from shoal import kernels
-from shoal.core import Round
 from shoal.errors import ConfigError
 from shoal.kernels import cpu, reference
+from shoal.messages import Round
 
 HERE = Path(__file__).parent
 if not torch.cuda.is_available():

@@ -17,8 +17,8 @@ from zoo import COMPRESSORS, fits, inputs, round_of
 
 from shoal import rng
 from shoal.compressors import TopK
-from shoal.core import Messages
 from shoal.errors import WireError
+from shoal.messages import Messages
 from shoal.wire import HEADER, UP, Stamp, frame, unframe
 
 MESSAGES = 1_000_000

@@ -16,9 +16,9 @@ from zoo import inputs
 
 from shoal import simulate
 from shoal.compressors import LowRank
-from shoal.core import Messages, Round
 from shoal.errors import ConfigError, NonFiniteError, PayloadError
 from shoal.kernels import cpu, reference
+from shoal.messages import Messages, Round
 from shoal.methods import EF21, Marina
 
 SIX = 6.0

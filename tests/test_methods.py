@@ -22,10 +22,11 @@ from zoo import CONVEX, EQUAL, METHODS, MIXED, inputs, resolved, round_of, setti
 
 from shoal import kernels
 from shoal.compressors import QSGD, Correlated, Dense, Independent, PermK, RandK, Sign, TopK
-from shoal.core import Method, Problem, Round
+from shoal.core import Method, Problem
 from shoal.descents import Step
 from shoal.errors import ConfigError
 from shoal.kernels import Draw, cpu
+from shoal.messages import Round
 from shoal.methods import DCGD, EF21, GD, Dasha, Diana, Marina, TwoWayEF21, TwoWayMarina, VRDiana
 from shoal.runtimes import Local, rounds
 from shoal.theory import AB

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from shoal import simulate
-from shoal.core import Round
 from shoal.errors import ConfigError, DataError
+from shoal.messages import Round
 from shoal.problems import Module
 
 

@@ -18,9 +18,9 @@ from zoo import inputs, round_of
 from shoal import compressors
 from shoal.compressors import Correlated, CorrelatedOffset
 from shoal.compressors.correlated import exact_error as plain_error
-from shoal.core import Messages, Round
 from shoal.errors import ConfigError, PayloadError
 from shoal.kernels import Draw, cpu, reference
+from shoal.messages import Messages, Round
 
 CODES = [CorrelatedOffset(o, s, k) for o in ("random", "even") for s in ("shared", "own") for k in (2, 3)]
 

@@ -19,9 +19,9 @@ from zoo import FAMILIES, inputs, round_of, rows_of
 
 from shoal import kernels
 from shoal.compressors import QSGD, Bernoulli, Independent, Natural, NaturalDithering, Sign, Ternary
-from shoal.core import Messages, Round
 from shoal.errors import ConfigError, NonFiniteError, PayloadError
 from shoal.kernels import reference
+from shoal.messages import Messages, Round
 
 ONE = Round.full(0, 0, 1)
 SLACK = 1 + 1e-9  # both sides of every inequality are float64 sums of fewer than 10^5 terms

@@ -18,8 +18,9 @@ from scipy.sparse import csr_array, random_array
 from sklearn.datasets import dump_svmlight_file, load_svmlight_file
 
 from shoal import data, splits
-from shoal.core import Problem, Round
+from shoal.core import Problem
 from shoal.errors import ConfigError, DataError
+from shoal.messages import Round
 from shoal.problems import Classification, Quadratics, measured_pm, smoothness
 from shoal.problems.classification import HIGHEST, LOSSES, LOWEST, sigmoid_curvature
 

@@ -19,10 +19,10 @@ from scipy import stats
 
 import shoal
 from shoal import kernels, rng
-from shoal.core import Round
 from shoal.errors import ConfigError
 from shoal.kernels import Draw, cpu, reference
 from shoal.kernels.cpu.philox import philox
+from shoal.messages import Round
 
 ALARM = 1e-6
 BOTH = pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])

@@ -24,9 +24,10 @@ from shoal.compressors import QSGD, Correlated, Dense, Drive, Eden, Grid, Indepe
 from shoal.compressors.drive import DISTORTION, EXCESS, SMALLEST, points
 from shoal.compressors.lloyd import POINTS
 from shoal.compressors.rotation import padded, rotate, rotate_back
-from shoal.core import Compressor, Messages, Round
+from shoal.core import Compressor
 from shoal.errors import ConfigError, NonFiniteError, PayloadError
 from shoal.kernels import cpu, reference
+from shoal.messages import Messages, Round
 from shoal.methods import DCGD, EF21, Diana, Marina
 
 SIX = 6.0

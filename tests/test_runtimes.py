@@ -22,9 +22,10 @@ import zoo
 from zoo import METHODS, MIXED, TappedLocal, copied, resolved, trace
 
 from shoal.compressors import Correlated, RandK, TopK
-from shoal.core import Messages, Method, Problem, Round, Rows
+from shoal.core import Method, Problem
 from shoal.descents import Step
 from shoal.errors import NonFiniteError
+from shoal.messages import Messages, Round, Rows
 from shoal.methods import DCGD, EF21, GD, Diana, Marina
 from shoal.runtimes import Local, rounds
 from shoal.runtimes.rounds import Watch, chunks

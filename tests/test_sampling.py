@@ -18,10 +18,11 @@ from test_methods import SIX, descended, estimates_on, iterates, mean_and_error,
 from zoo import MIXED, TappedLocal, resolved, setting, trace
 
 from shoal.compressors import QSGD, Correlated, Dense, PermK, RandK, TopK
-from shoal.core import Method, Problem, Round
+from shoal.core import Method, Problem
 from shoal.descents import Step
 from shoal.errors import ConfigError
 from shoal.experiments.expressions import compact, known_names, parse
+from shoal.messages import Round
 from shoal.methods import EF21, Dasha, Marina, PPMarina, VRDiana, VRMarina
 from shoal.methods.pp_marina import drawable
 from shoal.problems import Classification

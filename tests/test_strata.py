@@ -20,8 +20,9 @@ from zoo import COMPRESSORS, EQUAL, MIXED, fits, inputs, round_of, setting
 from shoal.compressors import QSGD, Correlated, Independent, PermK, RandK
 from shoal.compressors.correlated import exact_error, grid_omega
 from shoal.compressors.strata import supremum_max, supremum_norm
-from shoal.core import Compressor, Messages, Round
+from shoal.core import Compressor
 from shoal.errors import ConfigError
+from shoal.messages import Messages, Round
 from shoal.methods import Marina
 from shoal.theory import AB
 

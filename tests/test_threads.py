@@ -13,10 +13,10 @@ from torch import Tensor
 
 from shoal import kernels
 from shoal.compressors import Independent
-from shoal.core import Round
 from shoal.kernels import Draw, cpu, reference
 from shoal.kernels.cpu import bits
 from shoal.kernels.cpu.threads import LEAST, spread
+from shoal.messages import Round
 
 D = 2 * LEAST + 777  # the least that two threads share, and the end of a tile, a block of words and a byte
 

@@ -41,9 +41,10 @@ from shoal.compressors import (
     TopK,
 )  # fmt: skip
 from shoal.compressors.correlated import agree_locally
-from shoal.core import Channel, Compressor, Messages, Method, Problem, Round, State
+from shoal.core import Channel, Compressor, Method, Problem, State
 from shoal.descents import Step
 from shoal.errors import ConfigError
+from shoal.messages import Messages, Round
 from shoal.methods import (
     DCGD,
     EF21,

@@ -22,8 +22,9 @@ from shoal import kernels, rng
 from shoal.compressors.blocks import Dealt, alike, cut, dealt_bound
 from shoal.compressors.dither import QSGD, checked_scale, read_scale
 from shoal.compressors.strata import strata_error, supremum_max, supremum_norm
-from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, Vector, measured_rows
+from shoal.core import Compressor
 from shoal.errors import ConfigError, PayloadError
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, measured_rows
 from shoal.theory import AB
 
 

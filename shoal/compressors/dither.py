@@ -16,19 +16,9 @@ import torch
 from torch import Tensor
 
 from shoal import kernels
-from shoal.core import (
-    FLOAT_MAX,
-    Messages,
-    Round,
-    Rows,
-    Unbiased,
-    Vector,
-    as_floats,
-    checked_rows,
-    shaped_rows,
-    within,
-)
+from shoal.core import Unbiased
 from shoal.errors import ConfigError, NonFiniteError, PayloadError
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, as_floats, checked_rows, shaped_rows, within
 
 
 def checked_scale(r: Tensor, rnd: Round, gain: float = 1.0) -> Tensor:

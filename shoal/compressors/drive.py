@@ -20,8 +20,8 @@ from shoal import kernels
 from shoal.compressors.dither import read_scale
 from shoal.compressors.lloyd import POINTS
 from shoal.compressors.rotation import Conditional, checked_norms, padded, rotate, rotate_back
-from shoal.core import FLOAT_MAX, Messages, Round, Rows, as_bytes, checked_rows, shaped_rows
 from shoal.errors import ConfigError
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, as_bytes, checked_rows, shaped_rows
 from shoal.theory import AB, independent
 
 SMALLEST = 64  # padded dimension from which on the numerical omega was measured and not exceeded

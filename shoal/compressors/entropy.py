@@ -20,9 +20,10 @@ from shoal.compressors.dither import QSGD, Independent
 from shoal.compressors.drive import Eden
 from shoal.compressors.pointwise import Natural, NaturalDithering, Ternary
 from shoal.compressors.rotation import Conditional, Grid, Rotated, padded
-from shoal.core import Compressor, Messages, Round, Rows, Vector
+from shoal.core import Compressor
 from shoal.errors import ConfigError, LengthError, PayloadError
 from shoal.kernels.reference.entropy import state_bytes
+from shoal.messages import Messages, Round, Rows, Vector
 from shoal.theory import AB
 
 MOST = 512  # symbols: the counts of more would take longer than what they save

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from shoal import kernels, rng
 from shoal.compressors.rotation import checked_norms
-from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, as_bytes, as_floats, checked_rows
+from shoal.core import Compressor
 from shoal.errors import ConfigError, PayloadError
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, as_bytes, as_floats, checked_rows
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from torch import Tensor
 from shoal import kernels, rng
 from shoal.compressors.dither import checked_scale, read_scale
 from shoal.compressors.strata import supremum_max, supremum_norm
-from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, Vector, as_bytes, checked_rows
+from shoal.core import Compressor
 from shoal.errors import ConfigError, PayloadError
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, as_bytes, checked_rows
 from shoal.theory import AB
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from shoal.compressors.blocks import Dealt, Listed
-from shoal.core import Compressor, Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats
+from shoal.core import Compressor
 from shoal.errors import ConfigError
+from shoal.messages import Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats
 from shoal.theory import AB
 
 

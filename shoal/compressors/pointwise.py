@@ -16,8 +16,9 @@ from torch import Tensor
 
 from shoal import kernels, rng
 from shoal.compressors.dither import ScaledCodes, checked_scale, read_scale
-from shoal.core import Compressor, Messages, Round, Rows, Unbiased, Vector, as_bytes, checked_rows, finite_floats
+from shoal.core import Compressor, Unbiased
 from shoal.errors import ConfigError, PayloadError
+from shoal.messages import Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from torch import Tensor
 from shoal import kernels, rng
 from shoal.compressors.correlated import Correlated
 from shoal.compressors.dither import ScaledCodes
-from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, Unbiased, Vector, checked_rows
+from shoal.core import Compressor, Unbiased
 from shoal.errors import ConfigError, NonFiniteError, PayloadError
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, checked_rows
 from shoal.theory import AB, independent
 
 

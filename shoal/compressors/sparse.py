@@ -14,8 +14,9 @@ from torch import Tensor
 
 from shoal import kernels, rng
 from shoal.compressors.blocks import Listed
-from shoal.core import Compressor, Messages, Round, Rows, Unbiased, Vector, as_bytes, checked_rows, finite_floats
+from shoal.core import Compressor, Unbiased
 from shoal.errors import ConfigError, PayloadError
+from shoal.messages import Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats
 
 
 def checked_k(k: int | float, name: str) -> None:

@@ -19,8 +19,9 @@ from shoal import kernels
 from shoal.compressors.blocks import Dealt, Listed, alike, cut, dealt_bound
 from shoal.compressors.permk import PermK
 from shoal.compressors.sparse import RandK, kept
-from shoal.core import FLOAT_MAX, Compressor, Messages, Round, Rows, Unbiased, Vector, checked_rows
+from shoal.core import Compressor, Unbiased
 from shoal.errors import ConfigError, LengthError, NonFiniteError, PayloadError
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, checked_rows
 from shoal.theory import AB, independent
 
 PAGE = "docs/derivations/composition.md"

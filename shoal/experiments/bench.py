@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.compressors.correlated import agree_locally
-from shoal.core import Compressor, Round
+from shoal.core import Compressor
 from shoal.errors import ConfigError
 from shoal.experiments.expressions import compact
 from shoal.experiments.folder import versions, write_json
 from shoal.experiments.goals import Checked, using
 from shoal.experiments.timing import Row, beside_copy, machine_line, normal_rows
+from shoal.messages import Round
 from shoal.palette import COLORS
 
 if TYPE_CHECKING:

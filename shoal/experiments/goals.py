@@ -18,9 +18,10 @@ import torch
 from shoal import kernels
 from shoal.compressors import QSGD, Correlated, Drive, Eden, Independent, PermK, RandK, TopK
 from shoal.compressors.correlated import agree_locally
-from shoal.core import Compressor, Messages, Round
+from shoal.core import Compressor
 from shoal.experiments.expressions import compact
 from shoal.experiments.timing import beside, beside_copy, normal_rows
+from shoal.messages import Messages, Round
 
 CLIENTS = 16
 ONE_THREAD = 0.7  # of a goal for two

@@ -16,11 +16,12 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from shoal.core import Compressor, Round
+from shoal.core import Compressor
 from shoal.errors import ConfigError
 from shoal.experiments.exact import exact
 from shoal.experiments.expressions import compact
 from shoal.experiments.timing import clock
+from shoal.messages import Round
 from shoal.theory import AB, independent
 from shoal.wire import HEADER
 

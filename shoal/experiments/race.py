@@ -27,12 +27,13 @@ from typing import Any, NamedTuple
 import torch
 
 from shoal.compressors.correlated import agree_locally
-from shoal.core import Compressor, Method, Problem, Round, Row
+from shoal.core import Compressor, Method, Problem, Row
 from shoal.errors import ConfigError, ResumeMismatch
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import machine, make_folder, versions, write_json
 from shoal.experiments.run import Run, fingerprint, load_result, prepare, simulate
 from shoal.experiments.spec import RaceSpec
+from shoal.messages import Round
 from shoal.problems import measured_pm
 
 UNPROVED = (-8, 4)  # exponents tried where no theorem gives a step size: multiples of 1/L_-

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from shoal import kernels
-from shoal.core import Channel, Method, Problem, Recorder, Round, Row, State
+from shoal.core import Channel, Method, Problem, Recorder, Row, State
 from shoal.descents import Step
 from shoal.errors import CheckpointCorrupt, ConfigError, NonFiniteError
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import Folder
+from shoal.messages import Round
 from shoal.rng import checked_seed
 from shoal.runtimes import Local, chunks, rounds
 from shoal.theory import Setting, StepSize

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shoal.core import DENSE, Compressor, Gradient, Messages, Method, Round, Rows, Vector, require
+from shoal.core import DENSE, Compressor, Gradient, Method, require
 from shoal.errors import ConfigError
+from shoal.messages import Messages, Round, Rows, Vector
 from shoal.methods.vr_marina import check_batch
 from shoal.theory import Setting, StepSize, dasha_step, drawn, page
 

@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from shoal.core import Compressor, Gradient, Messages, Method, Round, Rows, Vector, ab_for_inputs, require
+from shoal.core import Compressor, Gradient, Method, ab_for_inputs, require
 from shoal.errors import ConfigError
+from shoal.messages import Messages, Round, Rows, Vector
 from shoal.theory import Setting, StepSize
 
 

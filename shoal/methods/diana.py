@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from shoal.core import Compressor, Gradient, Messages, Method, Round, Rows, Vector, require
+from shoal.core import Compressor, Gradient, Method, require
 from shoal.errors import ConfigError
+from shoal.messages import Messages, Round, Rows, Vector
 from shoal.theory import Setting, StepSize, page
 
 

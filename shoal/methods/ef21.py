@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from shoal import rng
-from shoal.core import Compressor, Gradient, Messages, Method, Round, Rows, Vector, require
+from shoal.core import Compressor, Gradient, Method, require
 from shoal.errors import ConfigError
+from shoal.messages import Messages, Round, Rows, Vector
 from shoal.theory import Setting, StepSize, ef21_constants, page
 
 

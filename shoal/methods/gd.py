@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.core import DENSE, Compressor, Gradient, Messages, Method, Round, Rows, Vector
+from shoal.core import DENSE, Compressor, Gradient, Method
+from shoal.messages import Messages, Round, Rows, Vector
 from shoal.theory import Setting, StepSize
 
 

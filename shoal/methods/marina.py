@@ -12,8 +12,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from shoal.core import DENSE, Compressor, Gradient, Messages, Method, Round, Rows, Vector, ab_for_inputs, require
+from shoal.core import DENSE, Compressor, Gradient, Method, ab_for_inputs, require
 from shoal.errors import ConfigError
+from shoal.messages import Messages, Round, Rows, Vector
 from shoal.theory import AB, Setting, StepSize, best_p, step_size, step_size_pl
 
 

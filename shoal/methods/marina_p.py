@@ -9,21 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from shoal.core import (
-    DENSE,
-    Compressor,
-    Gradient,
-    Messages,
-    Method,
-    Round,
-    Rows,
-    Vector,
-    ab_for_inputs,
-    checked_rows,
-    gradients_at,
-    require,
-)
+from shoal.core import DENSE, Compressor, Gradient, Method, ab_for_inputs, gradients_at, require
 from shoal.errors import ConfigError
+from shoal.messages import Messages, Round, Rows, Vector, checked_rows
 from shoal.theory import AB, Evidence, Setting, StepSize, best_p, gamma_points, page, step_size, step_size_pl
 
 

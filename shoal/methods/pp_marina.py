@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from shoal import rng
-from shoal.core import Gradient, Messages, Round, Rows, Vector, ab_for_inputs
+from shoal.core import Gradient, ab_for_inputs
 from shoal.errors import ConfigError
+from shoal.messages import Messages, Round, Rows, Vector
 from shoal.methods.marina import Marina, Server
 from shoal.methods.vr_marina import Worker
 from shoal.theory import AB, Setting, Smoothness, StepSize, best_p, by_smoothness, drawn, gamma_clients

@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from shoal.core import DENSE, Compressor, Gradient, Messages, Round, Rows, Vector, require
+from shoal.core import DENSE, Compressor, Gradient, require
+from shoal.messages import Messages, Round, Rows, Vector
 from shoal.methods.ef21 import EF21
 from shoal.theory import Setting, StepSize, ef21_two_way_step, page
 

@@ -13,19 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shoal.core import (
-    DENSE,
-    Compressor,
-    Gradient,
-    Messages,
-    Method,
-    Round,
-    Rows,
-    Vector,
-    ab_for_inputs,
-    gradients_at,
-    require,
-)
+from shoal.core import DENSE, Compressor, Gradient, Method, ab_for_inputs, gradients_at, require
+from shoal.messages import Messages, Round, Rows, Vector
 from shoal.methods.marina_p import MarinaP, lemma_step
 from shoal.theory import AB, Setting, StepSize, best_p
 

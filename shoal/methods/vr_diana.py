@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from shoal.core import Gradient, Messages, Round, Rows, Vector
+from shoal.core import Gradient
 from shoal.errors import ConfigError
+from shoal.messages import Messages, Round, Rows, Vector
 from shoal.methods.diana import Diana, Server
 from shoal.methods.vr_marina import check_batch, percent
 from shoal.theory import Setting, StepSize, drawn, page, vr_diana_step

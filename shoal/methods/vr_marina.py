@@ -11,8 +11,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from shoal.core import Gradient, Messages, Round, Rows, Vector, ab_for_inputs
+from shoal.core import Gradient, ab_for_inputs
 from shoal.errors import ConfigError
+from shoal.messages import Messages, Round, Rows, Vector
 from shoal.methods.marina import Marina, Server
 from shoal.theory import AB, Setting, StepSize, drawn, gamma_samples
 

@@ -23,10 +23,11 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from shoal import mnist, splits
-from shoal.core import Problem, Round, Rows, Vector
+from shoal.core import Problem
 from shoal.errors import ConfigError, DataError
 from shoal.kernels import autoencoder as kernels
 from shoal.kernels.cpu.threads import LEAST, spread
+from shoal.messages import Round, Rows, Vector
 from shoal.problems import hosting
 from shoal.problems.curvature import estimated, gaussian
 from shoal.rng import checked_seed

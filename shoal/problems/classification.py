@@ -24,9 +24,10 @@ from scipy.sparse import csr_array, sparray, spmatrix
 from torch import Tensor
 
 from shoal import data, rng, splits
-from shoal.core import Problem, Round, Rows, Vector
+from shoal.core import Problem
 from shoal.errors import ConfigError, DataError
 from shoal.kernels import losses
+from shoal.messages import Round, Rows, Vector
 from shoal.problems import hosting
 from shoal.problems.smoothness import linear_model
 from shoal.theory import Constant, Smoothness

@@ -20,8 +20,8 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from shoal.core import Round, Vector
 from shoal.errors import ConfigError
+from shoal.messages import Round, Vector
 from shoal.theory import Constant, Smoothness
 
 COORDINATES = 2**22  # of a chunk of clients

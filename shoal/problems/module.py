@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vjp, vmap
 
 from shoal import rng
-from shoal.core import Problem, Round, Rows, Vector
+from shoal.core import Problem
 from shoal.errors import ConfigError, DataError
+from shoal.messages import Round, Rows, Vector
 from shoal.problems import hosting
 from shoal.problems.curvature import estimated
 from shoal.theory import Smoothness

@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from scipy.linalg import solveh_banded
 from torch import Tensor
 
-from shoal.core import Problem, Rows, Vector
+from shoal.core import Problem
 from shoal.errors import ConfigError
 from shoal.kernels import losses
+from shoal.messages import Rows, Vector
 from shoal.problems import hosting
 from shoal.theory import Constant, Smoothness, by_smoothness
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shoal.core import Messages, Meter, Round, Rows
+from shoal.core import Meter
+from shoal.messages import Messages, Round, Rows
 from shoal.wire import HEADER
 
 SCALAR = 4  # an agreement costs one float32 up and one down a client

@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal import rng
-from shoal.core import Messages, Meter, Round, Rows
+from shoal.core import Meter
 from shoal.errors import ConfigError
+from shoal.messages import Messages, Round, Rows
 from shoal.runtimes.local import Local
 from shoal.wire import UP, Stamp, frame, unframe
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from shoal import kernels
-from shoal.core import Channel, Descent, Event, Messages, Method, Problem, Round, Rows, State, Vector
+from shoal.core import Channel, Descent, Event, Method, Problem, State
 from shoal.errors import ConfigError
+from shoal.messages import Messages, Round, Rows, Vector
 
 TEMPORARY = 2**22  # coordinates of a chunk of clients: 16 MiB a float32 temporary
 Hosted = slice | Tensor  # places among the clients hosted here

@@ -18,7 +18,7 @@ import zoo  # noqa: E402
 
 from shoal import rng, wire  # noqa: E402
 from shoal.compressors.correlated import agree_locally  # noqa: E402
-from shoal.core import Round  # noqa: E402
+from shoal.messages import Round  # noqa: E402
 
 N, D, SEED, INDEX = 3, 21, 20240117, 731
 
