@@ -229,7 +229,7 @@ def test_the_command(shoal, tmp_path):  # noqa: F811
 
 
 def test_a_constant_that_others_improve_is_named(shoal):  # noqa: F811
-    done = shoal("plan", *"--clients 4 --dim 32 --L-minus 1 --L-plus 5 --L-pm 0.02".split())
+    done = shoal("plan", *["--clients", "4", "--dim", "32", "--L-minus", "1", "--L-plus", "5", "--L-pm", "0.02"])
     assert done.status == 0
     assert "--L-plus 5: the other constants prove 1.0002, which is taken." in done.err.replace("\n", " ")
 
