@@ -143,10 +143,10 @@ def _asked(
     if pl and mu is None:
         raise ConfigError("--pl needs --mu, the PL constant.")
     smoothness = known_smoothness(minus, plus, pm, clients, most, mu)
-    for name, given, used in (("L-plus", plus, smoothness.plus), ("L-pm", pm, smoothness.pm)):
-        if given is not None and given > used * (1 + 1e-9):
+    for name, stated, used in (("L-plus", plus, smoothness.plus), ("L-pm", pm, smoothness.pm)):
+        if stated is not None and stated > used * (1 + 1e-9):
             err_console.print(
-                f"--{name} {given:g}: the other constants prove {float(used):.6g}, which is taken.", highlight=False
+                f"--{name} {stated:g}: the other constants prove {float(used):.6g}, which is taken.", highlight=False
             )
     gap = 1.0 if delta0 is None else delta0
     goal = 2.0 * DEEP * minus * gap if target is None else target
