@@ -245,8 +245,9 @@ class Method(ABC):
         return worker
 
     @abstractmethod
-    def estimate(self, server: Any, up: Messages, rnd: Round) -> tuple[Vector, Any]:
-        """The estimate g of grad f from all messages, in slot order, and the server's state."""
+    def estimate(self, server: Any, mean: Vector, rnd: Round) -> tuple[Vector, Any]:
+        """The estimate g of grad f from the mean of what all messages say (`Compressor.aggregate`), and the server's
+        state."""
 
 
 class Descent(Protocol):
@@ -325,8 +326,8 @@ class Channel(Protocol):
         """Server to workers: the one row for all, or the rows of the clients hosted here."""
         ...
 
-    def gather(self, up: Messages, width: int, rnd: Round) -> Messages:
-        """Workers to server: every row of the round, in slot order."""
+    def mean(self, up: Messages, code: Compressor, rnd: Round) -> Vector:
+        """Workers to server: `code.aggregate` of every message of the round, in slot order."""
         ...
 
     def agree(self, values: Tensor, rnd: Round) -> float:

@@ -111,7 +111,7 @@ def estimates_on(
         rnd = replace(rnd, agreed=float(code.prepare(u, rnd).max())) if code.agrees else rnd
         sent = code.encode(u, rnd)
         after.append(method.commit(new, sent, rnd))
-        g[k] = method.estimate(server, sent, rnd)[0].numpy()
+        g[k] = method.estimate(server, code.aggregate(sent, rnd), rnd)[0].numpy()
     return g, after
 
 
@@ -414,6 +414,6 @@ def test_workers_halves_are_pure(method):
         rnd = replace(rnd, agreed=float(code.prepare(u, rnd).max())) if code.agrees else rnd
         sent = code.encode(u, rnd)
         new = ready.commit(new, sent, rnd)
-        g, after = ready.estimate(same, sent, rnd)
+        g, after = ready.estimate(same, code.aggregate(sent, rnd), rnd)
         assert all(torch.equal(a, b) for a, b in zip(held, [*server, *worker], strict=True))
         x, server, worker = x - 0.1 * g, after, new

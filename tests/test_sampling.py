@@ -493,7 +493,7 @@ def test_recursion_of_ef21_with_a_cohort():
         seen.add(tuple(some.tolist()))
         u, _ = method.up(kinds.Worker(before[some]), method.down(None, problem.start(), rnd)[0], problem.grad, rnd)
         msgs = method.code(rnd).encode(u, rnd)
-        g, _ = method.estimate(kinds.Server(before.mean(0)), msgs, rnd)
+        g, _ = method.estimate(kinds.Server(before.mean(0)), method.code(rnd).aggregate(msgs, rnd), rnd)
         after = before.clone()
         after[some] = method.commit(kinds.Worker(before[some]), msgs, rnd).g
         assert torch.equal(after[some], full[some])

@@ -237,8 +237,8 @@ class Tap:
 
     heard = hashlib.sha256()
 
-    def gather(self, up: Messages, width: int, rnd: Round) -> Messages:
-        up = super().gather(up, width, rnd)  # type: ignore[misc]
+    def gather(self, up: Messages, code: Compressor, rnd: Round) -> Messages:
+        up = super().gather(up, code, rnd)  # type: ignore[misc]
         for slot, row in zip(up.slots.tolist(), rows_of(up), strict=True):
             self.heard.update(f"{slot}:{len(row)}:".encode() + row)
         return up

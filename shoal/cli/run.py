@@ -167,7 +167,7 @@ def _run(spec: RunSpec, out: Path, resuming: bool) -> None:
     }  # fmt: skip
     if replicated.started_by_torchrun():
         with replicated.connected(problem.n, digest(stored)) as channel:
-            first = channel.rank == 0
+            first = channel.peers.rank == 0
             place: dict[str, Any] = {"out": out, "resume": resuming} if first else {}
             run = simulate(problem, method, channel=channel, **place, **options)
             words = f"{len(channel.shares)} ranks over gloo; this rank moved {channel.meter.moved:,} bytes"

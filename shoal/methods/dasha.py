@@ -114,6 +114,6 @@ class Dasha(Method):
     def commit(self, worker: Worker, sent: Messages, rnd: Round) -> Worker:
         return worker._replace(g=worker.g + self.code(rnd).decode(sent, rnd))
 
-    def estimate(self, server: Server, up: Messages, rnd: Round) -> tuple[Vector, Server]:
-        g = server.g + self.code(rnd).aggregate(up, rnd)
+    def estimate(self, server: Server, mean: Vector, rnd: Round) -> tuple[Vector, Server]:
+        g = server.g + mean
         return g, Server(g)

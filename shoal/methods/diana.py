@@ -87,6 +87,5 @@ class Diana(Method):
     def commit(self, worker: Worker, sent: Messages, rnd: Round) -> Worker:
         return Worker(worker.h + self._shift(sent.d) * self.compressor.decode(sent, rnd))
 
-    def estimate(self, server: Server, up: Messages, rnd: Round) -> tuple[Vector, Server]:
-        mean = self.compressor.aggregate(up, rnd)
-        return server.h + mean, Server(server.h + self._shift(up.d) * mean)
+    def estimate(self, server: Server, mean: Vector, rnd: Round) -> tuple[Vector, Server]:
+        return server.h + mean, Server(server.h + self._shift(len(mean)) * mean)

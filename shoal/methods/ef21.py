@@ -89,6 +89,6 @@ class EF21(Method):
     def commit(self, worker: Worker, sent: Messages, rnd: Round) -> Worker:
         return Worker(worker.g + self.compressor.decode(sent, rnd))
 
-    def estimate(self, server: Server, up: Messages, rnd: Round) -> tuple[Vector, Server]:
-        g = server.g + rnd.cohort / rnd.n * self.compressor.aggregate(up, rnd)
+    def estimate(self, server: Server, mean: Vector, rnd: Round) -> tuple[Vector, Server]:
+        g = server.g + rnd.cohort / rnd.n * mean
         return g, Server(g)

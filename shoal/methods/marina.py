@@ -90,7 +90,6 @@ class Marina(Method):
         new = grad(self.model(down, rnd), rnd)
         return (new if self._full(rnd) else new - worker.grad), Worker(new)
 
-    def estimate(self, server: Server, up: Messages, rnd: Round) -> tuple[Vector, Server]:
-        mean = self.code(rnd).aggregate(up, rnd)
+    def estimate(self, server: Server, mean: Vector, rnd: Round) -> tuple[Vector, Server]:
         g = mean if self._full(rnd) else server.g + mean
         return g, Server(g)

@@ -114,8 +114,8 @@ class MarinaP(Method):
         w = self.followed(worker.w, down, rnd)
         return (grad(self.model(down, rnd), rnd) if self.full(rnd) else gradients_at(w, grad, rnd)), Worker(w)
 
-    def estimate(self, server: Server, up: Messages, rnd: Round) -> tuple[Vector, Server]:
-        return DENSE.aggregate(up, rnd), server
+    def estimate(self, server: Server, mean: Vector, rnd: Round) -> tuple[Vector, Server]:
+        return mean, server
 
 
 def lemma_step(name: str, setting: Setting, Gamma: float, p: float, used: dict[str, Any], *known: Evidence) -> StepSize:

@@ -88,7 +88,7 @@ class TwoWayEF21(EF21):
         return worker._replace(g=worker.g + self.compressor.decode(sent, rnd))
 
     def estimate(  # type: ignore[override]
-        self, server: Server, up: Messages, rnd: Round
+        self, server: Server, mean: Vector, rnd: Round
     ) -> tuple[Vector, Server]:
-        g = server.g + rnd.cohort / rnd.n * self.compressor.aggregate(up, rnd)
+        g = server.g + rnd.cohort / rnd.n * mean
         return g, server._replace(g=g)

@@ -103,7 +103,6 @@ class TwoWayMarina(Method):
         new = gradients_at(w, grad, rnd)
         return new - worker.grad, Worker(w, new)
 
-    def estimate(self, server: Server, up: Messages, rnd: Round) -> tuple[Vector, Server]:
-        mean = self.code(rnd).aggregate(up, rnd)
+    def estimate(self, server: Server, mean: Vector, rnd: Round) -> tuple[Vector, Server]:
         g = mean if self._link.full(rnd) else server.g + mean
         return g, server._replace(g=g)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shoal.core import Meter
-from shoal.messages import Messages, Round, Rows
+from shoal.core import Compressor, Meter
+from shoal.messages import Messages, Round, Rows, Vector
 from shoal.wire import HEADER
 
 SCALAR = 4  # an agreement costs one float32 up and one down a client
@@ -29,12 +29,17 @@ class Local:
         self.meter.down_framed += total + HEADER * heard
         return down if len(rnd.slots) == rnd.cohort else down.rows(rnd.slots)
 
-    def gather(self, up: Messages, width: int, rnd: Round) -> Messages:
-        """All rows are here already."""
+    def gather(self, up: Messages, code: Compressor, rnd: Round) -> Messages:
+        """Every message of the round, in slot order: all are here already."""
+        return up
+
+    def mean(self, up: Messages, code: Compressor, rnd: Round) -> Vector:
+        """The mean of all messages, whose bytes are counted."""
+        up = self.gather(up, code, rnd)
         total = int(up.nbytes.sum())
         self.meter.up += total
         self.meter.up_framed += total + HEADER * len(up.nbytes)
-        return up
+        return code.aggregate(up, rnd)
 
     def agree(self, values: Tensor, rnd: Round) -> float:
         """The maximum. 32 bits up and 32 down a client, and as many frames."""

@@ -2,7 +2,6 @@
 
 Nothing goes down (each rank has x, and makes the server's messages itself); the uplink is one all-gather of frames,
 checked after arrival, so that every rank aggregates the same n rows in slot order and ends at the simulator's bits.
-Sums never go through all_reduce, whose order of summation is its own.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal import rng
-from shoal.core import Meter
+from shoal.core import Compressor, Meter
 from shoal.errors import ConfigError
 from shoal.messages import Messages, Round, Rows
 from shoal.runtimes.local import Local
+from shoal.runtimes.peers import Peers
 from shoal.wire import UP, Stamp, frame, unframe
 
 TIMEOUT = timedelta(seconds=60)  # gloo's own default is 30 minutes
@@ -34,13 +34,15 @@ class Replicated(Local):
     The meter counts the method's payload as the simulator does, and beside it `moved`: what this rank really sent.
     """
 
-    def __init__(self, n: int, digest: bytes, meter: Meter | None = None) -> None:
+    def __init__(self, n: int, digest: bytes, peers: Peers | None = None, meter: Meter | None = None) -> None:
         super().__init__(n, meter)
-        world, self.rank = dist.get_world_size(), dist.get_rank()
-        if world > n:
-            raise ConfigError(f"{world} ranks for n={n} clients: a rank hosts at least one; start at most {n} ranks.")
-        self.shares = torch.arange(n).tensor_split(world)
-        self.clients, self.digest = self.shares[self.rank], digest
+        self.peers = peers = peers or Peers()
+        if peers.world > n:
+            raise ConfigError(
+                f"{peers.world} ranks for n={n} clients: a rank hosts at least one; start at most {n} ranks."
+            )
+        self.shares = torch.arange(n).tensor_split(peers.world)
+        self.clients, self.digest = self.shares[peers.rank], digest
 
     def _all(self, mine: Tensor, rnd: Round | None = None) -> Tensor:
         """Every rank's rows of the round, in rank order, which is slot order. The shorter are padded with zeros."""
@@ -49,16 +51,16 @@ class Replicated(Local):
         most = max(counts)
         padded = torch.zeros((most, *mine.shape[1:]), dtype=mine.dtype)
         padded[: len(mine)] = mine
-        out = [torch.empty_like(padded) for _ in self.shares]
-        dist.all_gather(out, padded)
-        self.meter.moved += padded.numel() * padded.element_size() * (len(self.shares) - 1)
+        out = self.peers.all(padded)
+        self.meter.moved = self.peers.moved
         return torch.cat([rows[:count] for rows, count in zip(out, counts, strict=True)])
 
-    def gather(self, up: Messages, width: int, rnd: Round) -> Messages:
+    def gather(self, up: Messages, code: Compressor, rnd: Round) -> Messages:
         """One all-gather of frames, padded to the code's capacity."""
+        width = code.capacity(rnd.cohort, up.d)
         stamp = Stamp(rng.LAYOUT, UP, rnd.index, rnd.cohort, up.d, self.digest)
         payload, nbytes, slots = unframe(self._all(frame(up.payload, up.nbytes, up.slots, stamp, width), rnd), stamp)
-        return super().gather(Messages(payload.contiguous(), nbytes, slots, up.d), width, rnd)
+        return Messages(payload.contiguous(), nbytes, slots, up.d)
 
     def agree(self, values: Tensor, rnd: Round) -> float:
         """The maximum over all clients: exact, whatever the order."""
@@ -66,9 +68,9 @@ class Replicated(Local):
 
     def collect(self, values: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
         """For measuring: not counted as moved either."""
-        moved = self.meter.moved
+        moved = self.peers.moved
         out = self._all(values), self._all(rows)
-        self.meter.moved = moved
+        self.peers.moved = self.meter.moved = moved
         return out
 
 
@@ -82,8 +84,9 @@ def connected(n: int, digest: bytes) -> Iterator[Replicated]:
     """The channel over a gloo group of torchrun's ranks, destroyed at the end."""
     dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
-        yield Replicated(n, digest)
-        dist.barrier()
+        channel = Replicated(n, digest)
+        yield channel
+        channel.peers.barrier()
     finally:
         dist.destroy_process_group()
 

@@ -2,7 +2,7 @@
 
     server half              channel                  workers' half (rows of the m clients hosted here)
     x --down()--> Messages --scatter--> up() -> u (m, d) -> [prepare -> agree] -> encode -> commit()
-    x <--descent-- g <--estimate()-- Messages (n rows, slot order) <------gather------ Messages (m rows)
+    x <--descent-- g <--estimate()-- mean (d,) <--mean, over all rows in slot order-- Messages (m rows)
 
 Clients are taken in chunks so that temporaries stay small. A scale that all clients share is agreed on before any
 chunk is encoded: this is why a worker's half is `up` (what to send) and `commit` (what the sent message changes), with
@@ -210,7 +210,6 @@ def rounds(
         rnd = _cohort(method, state.workers, rnd)
         down, server = method.down(state.server, state.x, rnd) if channel.serves else (None, state.server)
         sent, workers, rnd = _uplink(method, state.workers, channel.scatter(down, rnd), watch, channel, rnd)
-        up = channel.gather(sent, method.code(rnd).capacity(rnd.cohort, problem.d), rnd)
-        g, server = method.estimate(server, up, rnd)
+        g, server = method.estimate(server, channel.mean(sent, method.code(rnd), rnd), rnd)
         x, memory = descent.step(state.x, g, state.descent)
         state = State(state.index + 1, x, server, workers, memory)
