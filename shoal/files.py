@@ -60,7 +60,7 @@ def check_sum(raw: bytes, sha256: str, where: str, whose: str) -> None:
     if found != sha256:
         raise DataError(
             f"{where}: SHA-256 {found[:12]}... and not {sha256[:12]}...: these are not {whose} bytes; "
-            "remove the file and fetch it anew."
+            "docs/problems.md says where they come from."
         )
 
 
