@@ -138,6 +138,8 @@ def _download(remote: Remote, target: Path) -> bytes:
                 bar.update(task, completed=seen)
     except (OSError, HTTPException, ValueError) as error:
         reason = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", None) or error
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
         raise DataError(
             f"{remote.url} cannot be had ({reason}): without a network, put that file into {target} "
             f"as {remote.name}{_suffix(remote)}."
