@@ -22,6 +22,7 @@ from shoal.cli.options import With, app, err_console, fail, out_console
 from shoal.errors import ShoalError
 from shoal.experiments import sweep as sweeps
 from shoal.experiments.expressions import known_names
+from shoal.experiments.spec import ON_FILES
 from shoal.report import mean as means
 from shoal.report import mean_text
 from shoal.runtimes.replicated import started_by_torchrun
@@ -67,6 +68,9 @@ def list_command(
                 table.add_row(_signature(entry), *map(escape, _described(entry)))
     for name, origin in data.BUNDLED.items():
         table.add_row(name, "bundled data for Classification", escape(origin))
+    for name, (kind, called, _, build) in ON_FILES.items():
+        if not inspect.ismethod(build):  # a class stands above
+            table.add_row(name, f"on {kind}: --data FOLDER, or --data {called}", "docs/problems.md")
     for name, entry in known_names(with_file or ()).items():
         if name not in {n for m in (methods, compressors, problems) for n in m.__all__}:
             table.add_row(_signature(entry), *map(escape, _described(entry)))

@@ -159,7 +159,8 @@ def _check(spec: RunSpec, ranks: int, out: Path, resuming: bool) -> None:
 
 def _run(spec: RunSpec, out: Path, resuming: bool) -> None:
     torch.set_num_threads(1)
-    problem, method = _objects(spec)
+    with err_console.status(f"reading {escape(spec.problem.name)}"):
+        problem, method = _objects(spec)
     stored = json.loads(spec.model_dump_json())
     options: dict[str, Any] = {
         "rounds": spec.rounds, "bits": spec.bits, "target": spec.target, "seed": spec.seed, "step": spec.step,
@@ -177,7 +178,7 @@ def _run(spec: RunSpec, out: Path, resuming: bool) -> None:
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[norm]}"))
     with Progress(*columns, TimeElapsedColumn(), console=err_console, transient=True) as bar:
-        task = bar.add_task("compiling kernels where needed", total=1.0, norm="")
+        task = bar.add_task("finding constants, compiling where needed", total=1.0, norm="")
         try:
             run = simulate(problem, method, out=out, resume=resuming, record=_follow(bar, task, spec), **options)
         except KeyboardInterrupt:
