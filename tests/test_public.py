@@ -36,7 +36,8 @@ NAMES = {
     ],
     errors: [
         "BadMagic", "CheckpointCorrupt", "CheckpointError", "ChecksumError", "ConfigError", "ConfigMismatch",
-        "DataError", "LengthError", "NonFiniteError", "PayloadError", "ResumeMismatch",
+        "DataError", "LengthError", "NonFiniteError", "PayloadError", "PeerDied", "PeerLost", "PeerTimeout",
+        "QuorumLost", "ResumeMismatch",
         "RoundMismatch", "ShoalError", "VersionMismatch", "WireError",
     ],
 }  # fmt: skip
