@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -44,10 +44,14 @@ class Replicated(Local):
         self.shares = torch.arange(n).tensor_split(peers.world)
         self.clients, self.digest = self.shares[peers.rank], digest
 
+    def counts(self, rnd: Round | None = None) -> list[int]:
+        """How many of the clients, or of those who take part in the round, each rank hosts."""
+        members = None if rnd is None else rnd.members
+        return [len(ids) if members is None else int(torch.isin(members, ids).sum()) for ids in self.shares]
+
     def _all(self, mine: Tensor, rnd: Round | None = None) -> Tensor:
         """Every rank's rows of the round, in rank order, which is slot order. The shorter are padded with zeros."""
-        members = None if rnd is None else rnd.members
-        counts = [len(ids) if members is None else int(torch.isin(members, ids).sum()) for ids in self.shares]
+        counts = self.counts(rnd)
         most = max(counts)
         padded = torch.zeros((most, *mine.shape[1:]), dtype=mine.dtype)
         padded[: len(mine)] = mine
@@ -80,11 +84,11 @@ def started_by_torchrun() -> bool:
 
 
 @contextmanager
-def connected(n: int, digest: bytes) -> Iterator[Replicated]:
+def connected(n: int, digest: bytes, make: Callable[[int, bytes], Replicated] = Replicated) -> Iterator[Replicated]:
     """The channel over a gloo group of torchrun's ranks, destroyed at the end."""
     dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
-        channel = Replicated(n, digest)
+        channel = make(n, digest)
         yield channel
         channel.peers.barrier()
     finally:
