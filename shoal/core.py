@@ -351,6 +351,10 @@ class Channel(Protocol):
         """All clients' values and rows, in id order: for measuring, never counted."""
         ...
 
+    def moved(self) -> list[int]:
+        """Bytes that each process has really sent to others, in the order of their ranks; empty in a simulator."""
+        ...
+
 
 class Row(NamedTuple):
     """One line of results, at x^round: f, ||grad f||^2 of the exact mean gradient, bits a client spent so far."""

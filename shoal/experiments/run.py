@@ -49,6 +49,7 @@ class Run:
     note: str = ""
     target: float | None = None
     facts: dict[str, Any] = field(default_factory=dict, repr=False)  # problem, seed, budget: what config.json holds
+    moved: list[int] = field(default_factory=list)  # bytes that each rank has sent to others; empty in a simulator
 
     @property
     def sha256(self) -> str:
@@ -67,7 +68,7 @@ class Run:
         facts |= {"method": self.label, "resolved": compact(self.method), "gamma": self.gamma}
         return (
             facts
-            | {"theorem": self.step.theorem, "constants": used}
+            | {"theorem": self.step.theorem, "constants": used, "moved_bytes": self.moved}
             | {k: v for k, v in self.rows[-1]._asdict().items() if k != "round"}
         )
 
@@ -333,7 +334,7 @@ def simulate(
         if folder is not None:
             folder.close()
         raise
-    run = Run(label, ready, theory, gamma, rows, state.x, stopped, note, target, config)
+    run = Run(label, ready, theory, gamma, rows, state.x, stopped, note, target, config, channel.moved())
     if folder is not None:
         folder.finish(run.result())
     return run

@@ -77,6 +77,13 @@ class Replicated(Local):
         self.peers.moved = self.meter.moved = moved
         return out
 
+    def moved(self) -> list[int]:
+        """What each rank has really sent, in bytes; to ask is not counted."""
+        moved = self.meter.moved
+        found = [int(said) for said in self.peers.all(torch.tensor([moved]))]
+        self.peers.moved = moved
+        return found
+
 
 def started_by_torchrun() -> bool:
     """Whether this process is a rank that torchrun started."""
@@ -84,11 +91,13 @@ def started_by_torchrun() -> bool:
 
 
 @contextmanager
-def connected(n: int, digest: bytes, make: Callable[[int, bytes], Replicated] = Replicated) -> Iterator[Replicated]:
+def connected(
+    n: int, digest: bytes, make: Callable[[int, bytes, Peers], Replicated] = Replicated
+) -> Iterator[Replicated]:
     """The channel over a gloo group of torchrun's ranks, destroyed at the end."""
     dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
-        channel = make(n, digest)
+        channel = make(n, digest, Peers())
         yield channel
         channel.peers.barrier()
     finally:

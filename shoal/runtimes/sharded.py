@@ -7,8 +7,6 @@ they share one scale, else as float32: in both cases it is the mean of the simul
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import torch
@@ -16,15 +14,13 @@ from torch import Tensor
 
 from shoal import rng
 from shoal.core import Compressor, Meter
-from shoal.errors import ConfigError, LengthError, RoundMismatch
+from shoal.errors import LengthError, RoundMismatch
 from shoal.messages import Messages, Round, Vector
 from shoal.runtimes.peers import Peers
 from shoal.runtimes.replicated import Replicated
 from shoal.slices import Slices
 from shoal.wire import HEADER, MEAN, SLICE, Stamp, frame, unframe
 
-Kind = Literal["auto", "sharded", "replicated"]
-KINDS: tuple[Kind, ...] = ("auto", "sharded", "replicated")
 NOTHING = torch.zeros(0, dtype=torch.uint8)
 
 
@@ -134,15 +130,3 @@ def _unframed(piece: Tensor, stamp: Stamp, slot: int, size: int) -> Tensor:
     if int(nbytes[0]) != size:
         raise LengthError(f"slot {slot}, round {stamp.round}: {int(nbytes[0])} bytes where {size} were agreed.")
     return payload[0, :size]
-
-
-def channel_of(kind: str) -> Callable[[int, bytes], Replicated]:
-    """What makes the channel of this name: "sharded" cuts whatever can be cut, "auto" where fewer bytes move then.
-
-    Raises ConfigError for another name.
-    """
-    if kind not in KINDS:
-        raise ConfigError(f"channel {kind!r}: one of {', '.join(KINDS)}.")
-    if kind == "replicated":
-        return Replicated
-    return partial(Sharded, cut="always" if kind == "sharded" else "cheaper")
