@@ -47,10 +47,8 @@ class TappedSharded(Sharded):
         self.tap.heard = new
 
     def mean(self, up: Messages, code: Compressor, rnd: Round) -> Vector:
-        whole = self.tap.gather(up, code, rnd)
-        mean = super().mean(up, code, rnd)
-        assert mean.numpy().tobytes() == code.aggregate(whole, rnd).numpy().tobytes(), repr(code)
-        return mean
+        self.tap.gather(up, code, rnd)
+        return super().mean(up, code, rnd)
 
 
 def refused() -> str:

@@ -47,7 +47,7 @@ class Ranks:
     def hear(self, said: bytes) -> bytes:
         """What the first rank says, at every rank."""
         size = int(self.peers.all(torch.tensor([len(said)]))[0])
-        room = torch.zeros(size, dtype=torch.uint8)
-        if self.first:
-            room = torch.frombuffer(bytearray(said), dtype=torch.uint8)
-        return self.peers.all(room)[0].numpy().tobytes() if size else b""
+        if size == 0:
+            return b""
+        room = torch.frombuffer(bytearray(said) if self.first else bytearray(size), dtype=torch.uint8)
+        return self.peers.all(room)[0].numpy().tobytes()
