@@ -26,6 +26,7 @@ from torch import Tensor
 from shoal import kernels
 from shoal.errors import ConfigError, NonFiniteError
 from shoal.messages import Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats
+from shoal.slices import Slices
 from shoal.theory import AB, Setting, Smoothness, StepSize, independent
 
 
@@ -82,6 +83,14 @@ class Compressor(ABC):
         A client of the cohort whose message is missing counts as zero: the mean over m present is cohort/m times this.
         """
         return kernels.of(msgs.payload).mean_rows(self.decode(msgs, rnd), rnd.cohort).float()
+
+    def slices(self, d: int, rnd: Round) -> Slices | None:
+        """How the round's messages are cut by coordinates, for channels that have several processes add up a slice
+        each; None where they cannot be cut.
+
+        Only for messages that all have one length. Slices of all messages say the bits of `aggregate`.
+        """
+        return None
 
 
 class Unbiased(Compressor):
@@ -172,6 +181,10 @@ class Dense(Compressor):
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         return finite_floats(msgs.checked(4 * msgs.d))
+
+    def slices(self, d: int, rnd: Round) -> Slices:
+        """Four bytes a coordinate."""
+        return Slices(lambda part, lo: self.aggregate(part, rnd), d, rnd.cohort, grain=1, size=4)
 
     def omega(self, d: int) -> float:
         """0: nothing is lost."""
@@ -350,6 +363,10 @@ class Channel(Protocol):
 
     def collect(self, values: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
         """All clients' values and rows, in id order: for measuring, never counted."""
+        ...
+
+    def moved(self) -> list[int]:
+        """Bytes that each process has really sent to others, in the order of their ranks; empty in a simulator."""
         ...
 
 

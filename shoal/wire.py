@@ -4,7 +4,7 @@
     0       4      magic, b"SHOL"
     4       2      format version, 1
     6       1      layout of the random streams (rng.LAYOUT)
-    7       1      kind: 0 down, 1 up
+    7       1      kind: 0 down, 1 up, 2 slices of messages, 3 the mean of a slice
     8       4      attempt (restarts of a group of processes)
     12      4      round
     16      4      slot of the sender
@@ -34,7 +34,7 @@ from shoal.errors import BadMagic, ChecksumError, ConfigMismatch, LengthError, R
 
 HEADER = 64
 VERSION = 1
-DOWN, UP = 0, 1
+DOWN, UP, SLICE, MEAN = 0, 1, 2, 3
 PADDING = 12
 _FIELDS = struct.Struct(f"<4sHBBIIIIQQ8sI{PADDING}x")
 _MAGIC = b"SHOL"

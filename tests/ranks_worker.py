@@ -1,4 +1,5 @@
-"""One rank of `test_runtimes`: runs the whole zoo over a gloo group and prints, on rank 0, every trace as JSON.
+"""One rank of `test_runtimes`: runs the whole zoo over a gloo group, once over a channel that cuts messages and once
+over one that does not, and prints, on rank 0, every trace as JSON.
 
 Start it as `python -m torch.distributed.run --standalone --nproc-per-node 2 tests/ranks_worker.py`.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +18,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import zoo  # noqa: E402
 
+from shoal.core import Compressor  # noqa: E402
 from shoal.errors import ConfigError  # noqa: E402
+from shoal.messages import Messages, Round, Vector  # noqa: E402
 from shoal.runtimes.replicated import Replicated, connected  # noqa: E402
+from shoal.runtimes.sharded import Sharded  # noqa: E402
 
 DIGEST = b"the zoo."
 
@@ -26,10 +31,30 @@ class TappedReplicated(zoo.Tap, Replicated):
     """A rank's channel, tapped after the gather: every rank sees all rows."""
 
 
+class TappedSharded(Sharded):
+    """A rank's channel, which never sees all rows: for the tap alone they are gathered whole, uncounted."""
+
+    def __init__(self, n: int, digest: bytes) -> None:
+        super().__init__(n, digest, cut="always")
+        self.tap = TappedReplicated(n, digest)
+
+    @property
+    def heard(self) -> object:
+        return self.tap.heard
+
+    @heard.setter
+    def heard(self, new: object) -> None:
+        self.tap.heard = new
+
+    def mean(self, up: Messages, code: Compressor, rnd: Round) -> Vector:
+        self.tap.gather(up, code, rnd)
+        return super().mean(up, code, rnd)
+
+
 def refused() -> str:
     """What is said to ranks that would host no client."""
     try:
-        Replicated(dist.get_world_size() - 1, DIGEST)
+        Replicated(max(dist.get_world_size() - 1, 1), DIGEST)
     except ConfigError as error:
         return str(error)
     return ""
@@ -39,7 +64,8 @@ def main() -> None:
     """Traces of all jobs; every rank's are gathered and must be equal before rank 0 prints them."""
     torch.set_num_threads(1)
     with connected(zoo.MIXED.n, {"tests": "the zoo"}):
-        mine = {name: job(lambda: TappedReplicated(zoo.MIXED.n, DIGEST)) for name, job in zoo.jobs().items()}
+        kinds = (TappedReplicated, TappedSharded)
+        mine = [{name: job(partial(kind, zoo.MIXED.n, DIGEST)) for name, job in zoo.jobs().items()} for kind in kinds]
         short = TappedReplicated(zoo.MIXED.n, DIGEST)
         zoo.trace(zoo.MIXED, zoo.GD(), lambda: short, length=2, measure=False)
         everyone: list[object] = [None] * dist.get_world_size()

@@ -221,6 +221,17 @@ WRONG = {
     "out is a file": (["run", "quadratics", "GD()", *SMALL, "--out", "empty.svm"], "cannot write in"),
     "out is full": (["run", "quadratics", "GD()", *SMALL, "--out", "full"], "not empty: resume it with --resume full"),
     "ranks": (["run", "quadratics", "GD()", *SMALL, "--ranks", "4"], "--ranks 4 for n=3"),
+    "a channel for nobody": (
+        ["run", "quadratics", "GD()", *SMALL, "--channel", "auto"],
+        "--channel auto without ranks",
+    ),
+    "no such channel": (["run", "quadratics", "GD()", *SMALL, "--ranks", "2", "--channel", "tube"], "channel 'tube'"),
+    "race: ranks": (["race", "quadratics", "GD()", *SMALL, "--ranks", "4"], "--ranks 4 for n=3"),
+    "race: channel": (["race", "quadratics", "GD()", *SMALL, "--channel", "sharded"], "without ranks: add --ranks 2"),
+    "race: ranks, workers": (
+        ["race", "quadratics", "GD()", *SMALL, "--ranks", "2", "--workers", "2"],
+        "--workers 2 over",
+    ),
     "negative ranks": (["run", "quadratics", "GD()", *SMALL, "--ranks", "-1"], "--ranks -1"),
     "resume nothing": (["run", "--resume", "nosuch"], "there is no config.json"),
     "resume and more": (["run", "--resume", "full", "--rounds", "3"], "leave out rounds"),
@@ -482,11 +493,16 @@ def test_ranks_print_what_the_simulator_prints(shoal, tmp_path):
     there = ended(start(*words, "--ranks", "2", "--out", "ranks", cwd=tmp_path))
     assert there.status == 0, there.err
     one, two = load_result(tmp_path / "alone"), load_result(tmp_path / "ranks")
-    assert {**one, "seconds": 0} == {**two, "seconds": 0}
+    assert one["moved_bytes"] == []
+    assert len(two["moved_bytes"]) == 2
+    assert {**one, "seconds": 0} == {**two, "seconds": 0, "moved_bytes": []}
     assert one["sha256"] in alone.out
     assert one["sha256"] in there.out
     assert there.out.count("sha256(x)") == 1, "one rank speaks"
-    assert re.search(r"2 ranks over gloo; this rank moved [1-9][\d,]* bytes", there.out)
+    moved, payload = sum(two["moved_bytes"]), round(two["up_bits"] / 8 * 3)
+    said = " ".join(there.out.split())
+    assert f"2 ranks over gloo; moved {moved:,} bytes, at most {max(two['moved_bytes']):,} by one" in said
+    assert f"payload up {payload:,}, framed" in said
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("alone", "ranks")]
     for a, b in zip(*lines, strict=True):
         assert {**json.loads(a), "seconds": 0} == {**json.loads(b), "seconds": 0}

@@ -314,6 +314,34 @@ def on_an_offset_grid(ops: ModuleType, v: Inputs) -> list[Tensor]:
 CASES |= {name: on_an_offset_grid for name in ("encode_strata", "decode_strata", "mean_strata")}
 
 
+def summed(ops: ModuleType, v: Inputs) -> list[object]:
+    """Sums of codes of 1 to 8 bits in digits, also of a code that there is not, and what the digits stand for."""
+    out: list[object] = []
+    for count in (2, 3, 4, 5, 17, 200, 256):
+        bits, codes = (count - 1).bit_length(), v.codes(count)
+        for last in (int(codes[-1, -1]), 2**bits - 1):
+            codes[-1, -1] = last
+            body, beyond = ops.fold_codes(reference.pack(codes, bits), count, v.d)
+            assert beyond is (last >= count)
+            out += [body, beyond]
+    return out
+
+
+def counted(ops: ModuleType, v: Inputs) -> list[object]:
+    """Few and many digits a byte; then a group at its end, which no digits make unless the base is a power of two."""
+    out: list[object] = []
+    for levels in (2, 3, 17, 256):
+        body, _ = reference.fold_codes(reference.pack(v.codes(levels), (levels - 1).bit_length()), levels, v.d)
+        values = torch.from_numpy(v.rng.normal(size=v.m * (levels - 1) + 1).astype(np.float32))
+        out += ops.unfold_codes(body, values, v.d)
+        body[-1] = 255
+        out += ops.unfold_codes(body, values, v.d)
+    return out
+
+
+CASES |= {"fold_codes": summed, "unfold_codes": counted}
+
+
 def test_every_kernel_has_a_case_and_a_twin():
     assert sorted(CASES) == sorted(reference.__all__)
     assert all(callable(getattr(cpu, name)) for name in reference.__all__)

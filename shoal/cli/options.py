@@ -16,6 +16,8 @@ from rich.markup import escape
 
 from shoal.errors import ConfigError
 from shoal.experiments.spec import ProblemSpec
+from shoal.runtimes.ranks import Make, channel_of
+from shoal.runtimes.replicated import started_by_torchrun
 
 UNREACHED = 3  # exit status where a target was not reached, or a run diverged
 app = typer.Typer(
@@ -67,6 +69,13 @@ Rounds = Annotated[int | None, typer.Option(help="Budget in rounds.")]
 Bits = Annotated[float | None, typer.Option(help="Budget in uplink payload bits a client.")]
 Target = Annotated[float | None, typer.Option(help="Stop at ‖∇f‖² <= this.")]
 Out = Annotated[Path | None, typer.Option(help="Folder of results; must be empty or new.")]
+NumberOfRanks = Annotated[int, typer.Option("--ranks", help="Processes under torchrun with gloo here; 0: none.")]
+ChannelKind = Annotated[
+    str | None,
+    typer.Option(
+        "--channel", help="Between ranks: sharded (each adds up a slice), replicated (all messages to all), or auto."
+    ),
+]
 PL = Annotated[bool, typer.Option("--pl", help="Step sizes of the PL theorems (needs a known PL constant).")]
 
 
@@ -98,6 +107,34 @@ def given(context: typer.Context) -> set[str]:
     """The parameters that stand on the command line."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def channel_given(kind: str | None, ranks: int) -> Make:
+    """What makes the ranks' channel. Raises ConfigError for a channel that there is not, or that nobody would use."""
+    if kind is not None and not ranks and not started_by_torchrun():
+        raise ConfigError(f"--channel {kind} without ranks: add --ranks 2, or start the command under torchrun.")
+    return channel_of(kind or "auto")
+
+
+def checked_ranks(ranks: int, n: int) -> None:
+    """Raise ConfigError unless each of these ranks has a client."""
+    if not 1 <= ranks <= n:
+        raise ConfigError(f"--ranks {ranks} for n={n} clients: from 1 to {n}, since a rank hosts one.")
+
+
+def rank_words(context: typer.Context, out: Path) -> list[str]:
+    """This command's own words, with the folder named, so that all ranks mean the same one."""
+    words = [str(context.command.name)]
+    there = given(context)
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if name not in there or name == "out":
+            continue
+        value = context.params[name]
+        for one in value if isinstance(value, list | tuple) else [value]:
+            flag = [parameter.opts[0]] if parameter.param_type_name == "option" else []
+            words += flag if one is True else [*flag, str(one)]
+    return words if "resume" in there else [*words, "--out", str(out)]
 
 
 def stored_spec(context: typer.Context, folder: Path, kind: str, beside: set[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
@@ -24,6 +25,7 @@ from shoal.cli.options import (
     UNREACHED,
     Alpha,
     Bits,
+    ChannelKind,
     Clients,
     Data,
     DataRows,
@@ -31,6 +33,7 @@ from shoal.cli.options import (
     Lam,
     Loss,
     Noise,
+    NumberOfRanks,
     Out,
     ProblemSeed,
     Rounds,
@@ -40,17 +43,22 @@ from shoal.cli.options import (
     With,
     again,
     app,
+    channel_given,
+    checked_ranks,
     err_console,
     fail,
     new_folder,
     out_console,
+    rank_words,
     stored_spec,
 )  # fmt: skip
 from shoal.errors import ConfigError
-from shoal.experiments.folder import make_folder
+from shoal.experiments.folder import make_folder, versions
 from shoal.experiments.race import News, check
 from shoal.experiments.race import race as run_race
 from shoal.experiments.spec import ProblemSpec, RaceSpec
+from shoal.runtimes.ranks import Ranks
+from shoal.runtimes.replicated import connected, launch, started_by_torchrun
 
 Steps = Annotated[str | None, typer.Option(help="theory, tuned, or theory,tuned.")]
 Tune = Annotated[str | None, typer.Option(metavar="LOW:HIGH", help="Tuning tries 2^LOW..2^HIGH times theory's step.")]
@@ -84,6 +92,8 @@ def race(
     pl: PL = False,
     every: Annotated[int | None, typer.Option(help="Measure f and ‖∇f‖² every so many rounds.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes (default: one a core).")] = None,
+    ranks: NumberOfRanks = 0,
+    channel: ChannelKind = None,
     with_file: With = None,
     out: Out = None,
     resume: Annotated[Path | None, typer.Option(help="Finish the race in this folder; what is done stays.")] = None,
@@ -96,8 +106,11 @@ def race(
     """
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers {workers}: at least one process.")
+    if workers is not None and (ranks or started_by_torchrun()):
+        raise ConfigError(f"--workers {workers} over ranks: these do one run after the other together; leave it out.")
+    make = channel_given(channel, ranks)
     if resume is not None:
-        spec, folder = RaceSpec.of(**stored_spec(context, resume, "race", {"workers"})), resume
+        spec, folder = RaceSpec.of(**stored_spec(context, resume, "race", {"workers", "ranks", "channel"})), resume
     else:
         if seeds is not None and seeds < 1:
             raise ConfigError(f"--seeds {seeds}: at least one.")
@@ -113,7 +126,20 @@ def race(
         }  # fmt: skip
         spec = _spec(_toml(config) if config else tomllib.loads(default_race()), problem, described, changed)
         folder = out or new_folder("race", spec.problem.name)
-    _race(spec, folder, resume is not None, workers)
+    if started_by_torchrun():
+        with connected(check(spec)[0].n, json.loads(spec.model_dump_json()) | {"versions": versions()}, make) as lines:
+            _race(spec, folder, resume is not None, None, Ranks(lines.peers, make))
+        return
+    if ranks:
+        checked_ranks(ranks, check(spec)[0].n)
+        if resume is None:
+            make_folder(folder)
+        if status := launch(ranks, rank_words(context, folder)):
+            raise SystemExit(status)
+    else:
+        _race(spec, folder, resume is not None, workers)
+    # Here and not in a rank: torchrun reports every other status than 0 as a crash.
+    _judge(report.load(folder), spec)
 
 
 def _spec(base: dict[str, Any], problem: str | None, described: dict[str, Any], changed: dict[str, Any]) -> RaceSpec:
@@ -152,10 +178,13 @@ def _range(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _race(spec: RaceSpec, folder: Path, resuming: bool, workers: int | None) -> None:
+def _race(spec: RaceSpec, folder: Path, resuming: bool, workers: int | None, ranks: Ranks | None = None) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell may start background jobs with SIGINT ignored
         signal.signal(number, signal.default_int_handler)
+    if ranks is not None and not ranks.first:
+        run_race(spec, folder, again(), ranks=ranks)
+        return
     began = time.monotonic()
     if spec.files:
         err_console.print(f"running code from {escape(', '.join(spec.files))}: trusted, not sandboxed", highlight=False)
@@ -188,16 +217,16 @@ def _race(spec: RaceSpec, folder: Path, resuming: bool, workers: int | None) -> 
             progress.update(bars[news.job], completed=news.fraction, news=f"{news.what}: ‖∇f‖² {norm}")
 
         try:
-            run_race(spec, folder, again(), resuming, workers, on_news, on_job, on_step)
+            run_race(spec, folder, again(), resuming, workers, on_news, on_job, on_step, ranks)
         except KeyboardInterrupt:
             progress.stop()
             if (folder / "race.json").exists():
                 fail(f"interrupted; go on with: shoal race --resume {shlex.quote(str(folder))}", 130)
             raise
-    _close_race(folder, spec, time.monotonic() - began)
+    _show(folder, time.monotonic() - began)
 
 
-def _close_race(folder: Path, spec: RaceSpec, seconds: float) -> None:
+def _show(folder: Path, seconds: float) -> None:
     result = report.load(folder)
     report.print_leaderboard(result, out_console)
     page = _written(folder)
@@ -208,6 +237,10 @@ def _close_race(folder: Path, spec: RaceSpec, seconds: float) -> None:
     )
     if page:
         out_console.print(f"[bold]report:[/bold] {escape(str(page.resolve()))}", highlight=False, soft_wrap=True)
+
+
+def _judge(result: report.Race, spec: RaceSpec) -> None:
+    """Exit status 3 where nobody got there."""
     entries = report.leaderboard(result)
     if not any(entry.reached for entry in entries):
         best = min(entries, key=lambda e: e.grad_norm_sq if math.isfinite(e.grad_norm_sq) else math.inf)

@@ -22,6 +22,7 @@ from shoal.cli.options import (
     UNREACHED,
     Alpha,
     Bits,
+    ChannelKind,
     Clients,
     Data,
     DataRows,
@@ -29,6 +30,7 @@ from shoal.cli.options import (
     Lam,
     Loss,
     Noise,
+    NumberOfRanks,
     Out,
     ProblemSeed,
     Rounds,
@@ -37,11 +39,13 @@ from shoal.cli.options import (
     Target,
     With,
     app,
+    channel_given,
+    checked_ranks,
     err_console,
     fail,
-    given,
     new_folder,
     out_console,
+    rank_words,
     stored_spec,
 )  # fmt: skip
 from shoal.core import Method, OnNonFinite, Problem, Row
@@ -53,6 +57,7 @@ from shoal.experiments.spec import ProblemSpec, RunSpec
 from shoal.runtimes import checked_policy, replicated
 from shoal.runtimes.group import checked_timeout
 from shoal.runtimes.lines import TIMEOUT
+from shoal.runtimes.ranks import Make
 
 
 @app.command()
@@ -68,7 +73,8 @@ def run(
     step: Annotated[str, typer.Option(help="'theory' or a number.")] = "theory",
     multiple: Annotated[float, typer.Option(help="Times the step size.")] = 1.0,
     pl: PL = False,
-    ranks: Annotated[int, typer.Option(help="Processes under torchrun with gloo here; 0: the simulator.")] = 0,
+    ranks: NumberOfRanks = 0,
+    channel: ChannelKind = None,
     dim: Dim = None,
     noise: Noise = None,
     split: Split = None,
@@ -98,7 +104,7 @@ def run(
     [bold]shoal run quadratics "EF21(TopK(10))" -n 6 -d 200 --noise 0.3 --lam 0.01 --rounds 300 --ranks 3[/bold]
     """
     if resume is not None:
-        spec, out = RunSpec.of(**stored_spec(context, resume, "run", {"ranks", "timeout"})), resume
+        spec, out = RunSpec.of(**stored_spec(context, resume, "run", {"ranks", "channel", "timeout"})), resume
     else:
         if not method:
             raise ConfigError("which METHOD? For example: shoal run phishing 'Marina(Correlated())' --rounds 500")
@@ -113,15 +119,16 @@ def run(
         )  # fmt: skip
         out = out or new_folder("run", spec.problem.name)
     checked_timeout(timeout)
+    make = channel_given(channel, ranks)
     if ranks and not replicated.started_by_torchrun():
         _check(spec, ranks, out, resuming=resume is not None)
-        status = replicated.launch(ranks, _again(context, out))
+        status = replicated.launch(ranks, rank_words(context, out))
         if status:
             raise SystemExit(status)
         # Here and not in a rank: torchrun reports every other status than 0 as a crash.
         _judge(load_result(out) or {}, spec)
         return
-    _run(spec, out, resuming=resume is not None, timeout=timeout)
+    _run(spec, out, resume is not None, make, timeout)
 
 
 def _step(text: str) -> float | Literal["theory"]:
@@ -133,21 +140,6 @@ def _step(text: str) -> float | Literal["theory"]:
         raise ConfigError(f"--step {text}: 'theory' or a number.") from None
 
 
-def _again(context: typer.Context, out: Path) -> list[str]:
-    """This command's own words, with the folder named, so that all ranks mean the same one."""
-    words = ["run"]
-    there = given(context)
-    for parameter in context.command.params:
-        name = str(parameter.name)
-        if name not in there or name == "out":
-            continue
-        value = context.params[name]
-        for one in value if isinstance(value, list | tuple) else [value]:
-            flag = [parameter.opts[0]] if parameter.param_type_name == "option" else []
-            words += flag if one is True else [*flag, str(one)]
-    return words if "resume" in there else [*words, "--out", str(out)]
-
-
 def _objects(spec: RunSpec) -> tuple[Any, Method]:
     return spec.problem.build(spec.files), parse(spec.method, known_names(spec.files), Method)
 
@@ -156,8 +148,7 @@ def _check(spec: RunSpec, ranks: int, out: Path, resuming: bool) -> None:
     """What can be wrong is said here, once, and not by every rank."""
     problem, method = _objects(spec)
     checked_policy(spec.on_nonfinite, method)
-    if not 1 <= ranks <= problem.n:
-        raise ConfigError(f"--ranks {ranks} for n={problem.n} clients: from 1 to {problem.n}, since a rank hosts one.")
+    checked_ranks(ranks, problem.n)
     prepare(
         problem, method, rounds=spec.rounds, bits=spec.bits, target=spec.target, step=spec.step, multiple=spec.multiple,
         pl=spec.pl,
@@ -166,7 +157,7 @@ def _check(spec: RunSpec, ranks: int, out: Path, resuming: bool) -> None:
         make_folder(out)
 
 
-def _run(spec: RunSpec, out: Path, resuming: bool, timeout: float) -> None:
+def _run(spec: RunSpec, out: Path, resuming: bool, make: Make, timeout: float) -> None:
     torch.set_num_threads(1)
     with err_console.status(f"reading {escape(spec.problem.name)}"):
         problem, method = _objects(spec)
@@ -177,11 +168,15 @@ def _run(spec: RunSpec, out: Path, resuming: bool, timeout: float) -> None:
         "on_nonfinite": spec.on_nonfinite,
     }  # fmt: skip
     if replicated.started_by_torchrun():
-        with replicated.connected(problem.n, stored | {"versions": versions()}, timeout=timeout) as channel:
+        with replicated.connected(problem.n, stored | {"versions": versions()}, make, timeout) as channel:
             first = channel.peers.rank == 0
             place: dict[str, Any] = {"out": out, "resume": resuming} if first else {}
             run = simulate(problem, method, channel=channel, **place, **options)
-            words = f"{len(channel.shares)} ranks over gloo; this rank moved {channel.meter.moved:,} bytes"
+            meter, most = channel.meter, max(run.moved)
+            words = (
+                f"{len(run.moved)} ranks over gloo; moved {sum(run.moved):,} bytes, at most {most:,} by one; "
+                f"payload up {meter.up:,}, framed {meter.up_framed:,}"
+            )
         if not first:
             return
         _show(run, problem, out, words)

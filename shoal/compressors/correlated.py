@@ -25,6 +25,7 @@ from shoal.compressors.strata import strata_error, supremum_max, supremum_norm
 from shoal.core import Compressor
 from shoal.errors import ConfigError, PayloadError
 from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, measured_rows
+from shoal.slices import Slices, Tally
 from shoal.theory import AB
 
 
@@ -282,6 +283,16 @@ class Correlated(Compressor):
         if self.levels == 2:
             return kernels.of(code).mean_bits(code, r, msgs.d, rnd.cohort)
         return self._within(kernels.of(code).mean_levels(code, r, self.levels, msgs.d, rnd.cohort))
+
+    def slices(self, d: int, rnd: Round) -> Slices | None:
+        """One block: an own scale in every slice; eight codes take whole bytes. Of blocks, none."""
+        if self.blocks > 1:
+            return None
+        tally = Tally(float(self._agreed(rnd, 1)[0]), self.levels) if self.agrees else None
+        return Slices(
+            lambda part, lo: self.aggregate(part, rnd), d, rnd.cohort, grain=8, size=self._bits, head=self._start,
+            tally=tally,
+        )  # fmt: skip
 
     def _agreed(self, rnd: Round, m: int) -> Tensor:
         if rnd.agreed is None:

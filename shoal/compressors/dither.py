@@ -30,6 +30,7 @@ from shoal.messages import (
     shaped_rows,
     within,
 )
+from shoal.slices import Slices
 
 
 def checked_scale(r: Tensor, rnd: Round, gain: float = 1.0) -> Tensor:
@@ -101,6 +102,10 @@ class ScaledCodes(Unbiased):
         if self.points == 2:
             return kernels.of(code).mean_bits(code, r, msgs.d, rnd.cohort)
         return self._within(kernels.of(code).mean_levels(code, r, self.points, msgs.d, rnd.cohort))
+
+    def slices(self, d: int, rnd: Round) -> Slices:
+        """The scale in every slice; eight codes take whole bytes."""
+        return Slices(lambda part, lo: self.aggregate(part, rnd), d, rnd.cohort, grain=8, size=self._bits, head=4)
 
 
 @dataclass(frozen=True)

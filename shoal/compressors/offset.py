@@ -20,6 +20,7 @@ from shoal.compressors.strata import supremum_max, supremum_norm
 from shoal.core import Compressor
 from shoal.errors import ConfigError, PayloadError
 from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, as_bytes, checked_rows
+from shoal.slices import Slices
 from shoal.theory import AB
 
 
@@ -154,9 +155,19 @@ class CorrelatedOffset(Compressor):
         return kernels.of(code).decode_strata(code, r, n, self.steps(n), self._offsets(msgs.d, rnd))
 
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
-        code, r = self._read(msgs, rnd)
-        n = rnd.cohort
-        return kernels.of(code).mean_strata(code, r, n, self.steps(n), self._offsets(msgs.d, rnd), n).float()
+        return self._mean(msgs, self._offsets(msgs.d, rnd), rnd)
+
+    def _mean(self, msgs: Messages, offsets: Tensor, rnd: Round) -> Vector:
+        (code, r), n = self._read(msgs, rnd), rnd.cohort
+        return kernels.of(code).mean_strata(code, r, n, self.steps(n), offsets, n).float()
+
+    def slices(self, d: int, rnd: Round) -> Slices:
+        """An own scale in every slice; eight codes take whole bytes. A slice has its own coordinates' offsets."""
+        offsets = self._offsets(d, rnd)
+        return Slices(
+            lambda part, lo: self._mean(part, offsets[lo : lo + part.d], rnd), d, rnd.cohort, grain=8, size=self._bits,
+            head=self._start,
+        )  # fmt: skip
 
     def _offsets(self, d: int, rnd: Round) -> Tensor:
         """(d,) int32: c_j 2^16."""

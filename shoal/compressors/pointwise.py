@@ -19,6 +19,7 @@ from shoal.compressors.dither import ScaledCodes, checked_scale, read_scale
 from shoal.core import Compressor, Unbiased
 from shoal.errors import ConfigError, PayloadError
 from shoal.messages import Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats
+from shoal.slices import Slices
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,10 @@ class Sign(Compressor):
         payload = msgs.checked(self.capacity(rnd.cohort, msgs.d))
         return kernels.of(payload).mean_bits(payload[:, 4:], read_scale(payload), msgs.d, rnd.cohort)
 
+    def slices(self, d: int, rnd: Round) -> Slices:
+        """The mean magnitude in every slice; eight signs a byte."""
+        return Slices(lambda part, lo: self.aggregate(part, rnd), d, rnd.cohort, grain=8, size=1, head=4)
+
 
 @dataclass(frozen=True)
 class Ternary(Unbiased):
@@ -166,6 +171,10 @@ class Ternary(Unbiased):
         code, r = self._read(msgs, rnd)
         return self._digits(kernels.of(code).mean_trits(code, r, msgs.d, rnd.cohort), msgs.d)
 
+    def slices(self, d: int, rnd: Round) -> Slices:
+        """The scale in every slice; five digits a byte."""
+        return Slices(lambda part, lo: self.aggregate(part, rnd), d, rnd.cohort, grain=5, size=1, head=4)
+
 
 @dataclass(frozen=True)
 class Natural(Unbiased):
@@ -207,6 +216,10 @@ class Natural(Unbiased):
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
         payload = msgs.checked(self.capacity(rnd.cohort, msgs.d))
         return self._powers(kernels.of(payload).mean_natural(payload, msgs.d, rnd.cohort))
+
+    def slices(self, d: int, rnd: Round) -> Slices:
+        """Eight coordinates in nine bytes."""
+        return Slices(lambda part, lo: self.aggregate(part, rnd), d, rnd.cohort, grain=8, size=9)
 
 
 @dataclass(frozen=True)

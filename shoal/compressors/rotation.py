@@ -19,6 +19,7 @@ from shoal.compressors.dither import ScaledCodes
 from shoal.core import Compressor, Unbiased
 from shoal.errors import ConfigError, PayloadError
 from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, checked_rows, not_finite
+from shoal.slices import Slices
 from shoal.theory import AB, independent
 
 
@@ -211,3 +212,11 @@ class Rotated(Conditional):
         # One rotation is linear: the mean is rotated back once, not every row.
         mean = self.inner.aggregate(replace(msgs, d=padded(msgs.d)), rnd.fork("Rotated"))
         return rotate_back(mean[None], msgs.d, "Rotated", rng.SHARED, rnd)[0]
+
+    def slices(self, d: int, rnd: Round) -> Slices | None:
+        """Those of `inner` at D coordinates, where the rotation is shared: their mean is rotated back."""
+        inner = self.inner.slices(padded(d), rnd.fork("Rotated")) if self.shared else None
+        if inner is None:
+            return None
+        whole = inner.finish
+        return replace(inner, finish=lambda mean: rotate_back(whole(mean)[None], d, "Rotated", rng.SHARED, rnd)[0])

@@ -30,11 +30,12 @@ from shoal.compressors.correlated import agree_locally
 from shoal.core import Compressor, Method, Problem, Row
 from shoal.errors import ConfigError, ResumeMismatch
 from shoal.experiments.expressions import compact, known_names, parse
-from shoal.experiments.folder import machine, make_folder, versions, write_json
+from shoal.experiments.folder import digest, machine, make_folder, versions, write_json
 from shoal.experiments.run import Run, fingerprint, load_result, prepare, simulate
 from shoal.experiments.spec import RaceSpec
 from shoal.messages import Round
 from shoal.problems import measured_pm
+from shoal.runtimes.ranks import Ranks
 
 UNPROVED = (-8, 4)  # exponents tried where no theorem gives a step size: multiples of 1/L_-
 TRY = 0.25  # the share of the budget that a try may spend
@@ -87,8 +88,11 @@ def slug(index: int, label: str) -> str:
 class Job:
     """All runs of one method under one step rule, in order; a finished run is read, not run again."""
 
-    def __init__(self, spec: RaceSpec, index: int, rule: str, out: Path) -> None:
-        self.spec, self.rule, self.out = spec, rule, out
+    def __init__(
+        self, spec: RaceSpec, index: int, rule: str, out: Path, ranks: Ranks | None = None,
+        on_news: Callable[[News], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.spec, self.rule, self.out, self.ranks, self.on_news = spec, rule, out, ranks, on_news
         self.problem = spec.problem.build(spec.files)
         self.method: Method = parse(spec.methods[index], known_names(spec.files), Method)
         self.label, self.slug = compact(self.method), slug(index, compact(self.method))
@@ -125,7 +129,7 @@ class Job:
     def _one(self, multiple: float, seed: int, trial: bool, bits: float | None, at: float, share: float) -> Outcome:
         what = f"x{multiple:g}" if self.rule == "tuned" else "theory"
         folder = self.out / "runs" / f"{self.slug}__{self.rule}-{'try-' if trial else ''}{what}__s{seed}"
-        done = load_result(folder)
+        done = self._done(folder)
         if done is not None:
             norm = done["grad_norm_sq"]
             return Outcome(done["stopped"] == "target", done["up_bits"], norm if norm == norm else float("inf"))
@@ -135,25 +139,37 @@ class Job:
         def tell(row: Row) -> None:
             if _stop is not None and _stop.is_set():
                 signal.raise_signal(signal.SIGINT)
-            if _told is not None and time.monotonic() - self._said > 0.2:
+            if self.on_news is not None and time.monotonic() - self._said > 0.2:
                 self._said = time.monotonic()
                 spent = max(row.round / rounds if rounds else 0.0, row.up_bits / bits if bits else 0.0)
                 where = f"{'try ' if trial else ''}{what}, seed {seed}"
-                _told.put(News(self.name, where, at + share * min(spent, 1.0), row.grad_norm_sq))
+                self.on_news(News(self.name, where, at + share * min(spent, 1.0), row.grad_norm_sq))
 
         place = {"label": self.label, "step": self.rule, "multiple": multiple, "seed": seed, "trial": trial}
         step: Any = "theory" if self.rule == "theory" else self.theory.gamma
+        here: dict[str, Any] = {"out": folder, "resume": True, "facts": {"race": place}}
+        if self.ranks is not None:
+            channel = self.ranks.channel(self.problem.n, digest({"spec": json.loads(s.model_dump_json()), **place}))
+            here = (here if self.ranks.first else {}) | {"channel": channel}
         run: Run = simulate(
             self.problem, self.method, rounds=rounds, bits=bits, target=s.target, seed=seed, step=step,
-            multiple=multiple, pl=s.pl, every=s.every, out=folder, resume=True, record=tell, facts={"race": place},
+            multiple=multiple, pl=s.pl, every=s.every, record=tell, **here,
         )  # fmt: skip
         last = run.rows[-1]
         norm = last.grad_norm_sq if last.grad_norm_sq == last.grad_norm_sq else float("inf")
         return Outcome(run.stopped == "target", last.up_bits, norm)
 
+    def _done(self, folder: Path) -> dict[str, Any] | None:
+        """The result of a run that is there already: for all ranks, the one that the first finds."""
+        if self.ranks is None:
+            return load_result(folder)
+        found = load_result(folder) if self.ranks.first else None
+        return json.loads(self.ranks.hear(json.dumps(found).encode()))
+
 
 def _work(spec_json: str, index: int, rule: str, out: str) -> str:
-    return Job(RaceSpec.model_validate_json(spec_json), index, rule, Path(out)).run()
+    on_news = _told.put if _told is not None else None
+    return Job(RaceSpec.model_validate_json(spec_json), index, rule, Path(out), on_news=on_news).run()
 
 
 # ------------------------------------------------------------------------------------------------ the race
@@ -213,12 +229,20 @@ def race(
     on_news: Callable[[News], None] = lambda news: None,
     on_job: Callable[[str, float], None] = lambda job, fraction: None,
     on_step: Callable[[str], None] = lambda text: None,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Run the race into `out` and return it; KeyboardInterrupt leaves a folder that resume=True can finish.
 
     on_news hears running jobs, on_job (name, 0 at the start and 1 at the end) each job, on_step what else takes time.
+    ranks: every run is one of all ranks together, one after the other, instead of `workers` runs at a time; only the
+    first rank writes.
     """
     problem, reasons = check(spec)
+    if ranks is not None and not ranks.first:
+        warm_up(problem, spec)
+        _trajectory_pm(problem)  # what the first rank needs it for; the others would wait, and not for ever
+        _run_along(spec, out, reasons, ranks)
+        return out
     stored = json.loads(spec.model_dump_json())
     facts = _facts(spec, problem, reasons, command)
     if resume and (out / "race.json").exists():
@@ -234,7 +258,10 @@ def race(
         warm_up(problem, spec)
         facts["measured_pm"] = _trajectory_pm(problem)
         write_json(out / "race.json", {**facts, "status": "running"})
-        _run_jobs(spec, out, reasons, workers, on_news, on_job)
+        if ranks is not None:
+            _run_along(spec, out, reasons, ranks, on_news, on_job)
+        else:
+            _run_jobs(spec, out, reasons, workers, on_news, on_job)
     except BaseException:
         write_json(out / "race.json", {**facts, "status": "interrupted"})
         raise
@@ -257,6 +284,35 @@ def _facts(spec: RaceSpec, problem: Problem, reasons: dict[str, str], command: s
     }  # fmt: skip
 
 
+def _wanted(spec: RaceSpec, reasons: dict[str, str]) -> list[tuple[int, str, str]]:
+    """(index of the method, step rule, name) of every job."""
+    names = known_names(spec.files)
+    labels = [compact(parse(text, names, Method)) for text in spec.methods]
+    return [
+        (i, rule, f"{label} · {rule}")
+        for rule in spec.steps
+        for i, label in enumerate(labels)
+        if rule == "tuned" or label not in reasons
+    ]
+
+
+def _run_along(
+    spec: RaceSpec,
+    out: Path,
+    reasons: dict[str, str],
+    ranks: Ranks,
+    on_news: Callable[[News], None] | None = None,
+    on_job: Callable[[str, float], None] = lambda job, fraction: None,
+) -> None:
+    """All jobs in this process, each with all other ranks."""
+    wanted = _wanted(spec, reasons)
+    for _, _, job in wanted:
+        on_job(job, 0.0)
+    for index, rule, job in wanted:
+        Job(spec, index, rule, out, ranks, on_news).run()
+        on_job(job, 1.0)
+
+
 def _run_jobs(
     spec: RaceSpec,
     out: Path,
@@ -265,9 +321,7 @@ def _run_jobs(
     on_news: Callable[[News], None],
     on_job: Callable[[str, float], None],
 ) -> None:
-    names = known_names(spec.files)
-    labels = [compact(parse(text, names, Method)) for text in spec.methods]
-    wanted = [(i, r) for r in spec.steps for i in range(len(labels)) if r == "tuned" or labels[i] not in reasons]
+    wanted = _wanted(spec, reasons)
     context = multiprocessing.get_context("spawn")
     told, stop = context.Queue(), context.Event()
     count = min(workers or os.cpu_count() or 1, len(wanted))
@@ -276,8 +330,7 @@ def _run_jobs(
         waiting: dict[Future[str], str] = {}
         # Workers inherit the mask: a Ctrl-C must not hit one that is still importing.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        for index, rule in wanted:
-            job = f"{labels[index]} · {rule}"
+        for index, rule, job in wanted:
             waiting[pool.submit(_work, spec.model_dump_json(), index, rule, str(out))] = job
             on_job(job, 0.0)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -50,6 +50,7 @@ class Run:
     target: float | None = None
     faults: list[dict[str, Any]] = field(default_factory=list)  # rounds that were skipped, or held without some clients
     facts: dict[str, Any] = field(default_factory=dict, repr=False)  # problem, seed, budget: what config.json holds
+    moved: list[int] = field(default_factory=list)  # bytes that each rank has sent to others; empty in a simulator
 
     @property
     def sha256(self) -> str:
@@ -68,7 +69,7 @@ class Run:
         facts |= {"faults": self.faults, "method": self.label, "resolved": compact(self.method), "gamma": self.gamma}
         return (
             facts
-            | {"theorem": self.step.theorem, "constants": used}
+            | {"theorem": self.step.theorem, "constants": used, "moved_bytes": self.moved}
             | {k: v for k, v in self.rows[-1]._asdict().items() if k != "round"}
         )
 
@@ -349,7 +350,7 @@ def simulate(
         if folder is not None:
             folder.close()
         raise
-    run = Run(label, ready, theory, gamma, rows, state.x, stopped, note, target, faults, config)
+    run = Run(label, ready, theory, gamma, rows, state.x, stopped, note, target, faults, config, channel.moved())
     if folder is not None:
         folder.finish(run.result())
     return run

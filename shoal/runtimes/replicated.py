@@ -62,10 +62,14 @@ class Replicated(Local):
         """The other ranks are told, and raise the same error."""
         self.peers.fail(error)
 
+    def counts(self, rnd: Round | None = None) -> list[int]:
+        """How many of the clients, or of those who take part in the round, each rank hosts."""
+        members = None if rnd is None else rnd.members
+        return [len(ids) if members is None else int(torch.isin(members, ids).sum()) for ids in self.shares]
+
     def _all(self, mine: Tensor, rnd: Round | None = None, what: str = "values") -> Tensor:
         """Every rank's rows of the round, in rank order, which is slot order. The shorter are padded with zeros."""
-        members = None if rnd is None else rnd.members
-        counts = [len(ids) if members is None else int(torch.isin(members, ids).sum()) for ids in self.shares]
+        counts = self.counts(rnd)
         most = max(counts)
         padded = torch.zeros((most, *mine.shape[1:]), dtype=mine.dtype)
         padded[: len(mine)] = mine
@@ -91,6 +95,13 @@ class Replicated(Local):
         out = self._all(values), self._all(rows)
         self.peers.moved = self.meter.moved = moved
         return out
+
+    def moved(self) -> list[int]:
+        """What each rank has really sent, in bytes; to ask is not counted."""
+        moved = self.meter.moved
+        found = [int(said) for said in self.peers.all(torch.tensor([moved]))]
+        self.peers.moved = moved
+        return found
 
 
 def started_by_torchrun() -> bool:

@@ -38,6 +38,7 @@ from shoal.kernels.reference.rotation import (
 from shoal.kernels.reference.sparse import gather, mean_sparse, scatter, topk
 from shoal.kernels.reference.strata import decode_strata, encode_strata, mean_strata
 from shoal.kernels.reference.sums import add_rows, dots, maxes, mean_abs, mean_rows, norms, square_norm
+from shoal.kernels.reference.sums_of_codes import fold_codes, unfold_codes
 
 __all__ = [
     "add_rows",
@@ -61,6 +62,7 @@ __all__ = [
     "encode_signs",
     "encode_strata",
     "encode_trits",
+    "fold_codes",
     "gather",
     "gather_dealt",
     "hadamard",
@@ -90,6 +92,7 @@ __all__ = [
     "square_norm",
     "support",
     "topk",
+    "unfold_codes",
     "unpack",
     "unpack_trits",
     "words",
