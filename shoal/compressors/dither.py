@@ -18,7 +18,18 @@ from torch import Tensor
 from shoal import kernels
 from shoal.core import Unbiased
 from shoal.errors import ConfigError, NonFiniteError, PayloadError
-from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, as_floats, checked_rows, shaped_rows, within
+from shoal.messages import (
+    FLOAT_MAX,
+    Messages,
+    Round,
+    Rows,
+    Vector,
+    as_floats,
+    checked_rows,
+    shaped_rows,
+    smallest,
+    within,
+)
 
 
 def checked_scale(r: Tensor, rnd: Round, gain: float = 1.0) -> Tensor:
@@ -41,7 +52,7 @@ def normed_rows(u: Rows, rnd: Round, gain: float = 1.0) -> tuple[Rows, Tensor]:
 def read_scale(payload: Tensor, gain: float = 1.0) -> Tensor:
     """(m,) float32 of the first four bytes. Raises PayloadError unless it is not negative, and gain times it finite."""
     r = as_floats(payload[:, :4])[:, 0]
-    if not (within(r, gain) and (not r.numel() or float(r.min()) >= 0)):
+    if not (within(r, gain) and smallest(r) >= 0):
         raise PayloadError("a scale is not a finite number >= 0.")
     return r
 
@@ -169,7 +180,7 @@ class QSGD(ScaledCodes):
         return 2 * self.levels + 1
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        u, ops = checked_rows(u, rnd), kernels.of(u)
-        r = checked_scale(ops.norms(u), rnd)
+        u, r = normed_rows(u, rnd)
+        ops = kernels.of(u)
         payload = ops.encode_levels(u, r, rnd.draw("QSGD.levels"), rnd.draw("QSGD.ties"), self.points, head=True)
         return Messages.of(payload, rnd, u.shape[1])
