@@ -135,7 +135,7 @@ class Messages:
 
         The first line of every `decode`: no byte is read before its length is right.
         """
-        (m, wide), nbytes = self.payload.shape, self.nbytes
+        wide, nbytes, m = self.payload.shape[1], self.nbytes, self.nbytes.numel()
         if isinstance(lengths, int):
             right, most = nbytes.item() == lengths if m == 1 else bool((nbytes == lengths).all()), lengths
         else:
