@@ -205,14 +205,33 @@ def page(what: Reproduction, outcome: Outcome, rows: Rows, command: str) -> str:
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     header = ("claim", "known from", "our figure", "verdict", "why")
     found = [(f.claim, f.basis, f.figure, f.verdict, f.why) for f in outcome.findings]
+    tables = (*outcome.listings, *curvature(rows))
     parts = [
         f"# {what.title}", f"{what.paper}. {what.about}", f"`{command}`: {said}. {machine()}; {used}.",
         "Figures over seeds are geometric means with Student's 95% interval in parentheses; bits are uplink payload a "
         "client, counted from encoded bytes; ||grad f||² is that of the mean, measured exactly.",
         _markdown(header, found),
-        *(f"## {table.title}\n\n{_markdown(table.header, table.rows)}" for table in outcome.listings),
+        *(f"## {table.title}\n\n{_markdown(table.header, table.rows)}" for table in tables),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
+
+
+def curvature(rows: Rows) -> tuple[Listing, ...]:
+    """A line a problem: its L_-, L_+ and L_± as stated, and the largest seen between recorded points of its runs."""
+    problems: dict[str, Rows] = {}
+    for row in rows:
+        given = {k.removeprefix("problem."): v for k, v in row.items() if k.startswith("problem.") and v is not None}
+        given = {k: Path(v).name if k in ("name", "data") else v for k, v in given.items()}
+        problems.setdefault(", ".join(f"{k} = {v}" for k, v in given.items()), []).append(row)
+    listing = []
+    for name, runs in problems.items():
+        cells = [name.removeprefix("name = ")]
+        for column in ("L_minus", "L_plus", "L_pm"):
+            seen = max((row[f"{column}_seen"] for row in runs if row["stopped"] != "diverged"), default=math.nan)
+            cells += [f"{runs[0][column]:.4g} ({runs[0][f'{column}_status']})", f"{seen:.4g}"]
+        listing.append(tuple(cells))
+    header = ("problem", *(f"{L}{what}" for L in ("L₋", "L₊", "L±") for what in ("", ", seen")))
+    return (Listing("Smoothness: stated, and the largest seen along the runs", header, tuple(listing)),) * bool(rows)
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
