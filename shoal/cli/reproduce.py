@@ -25,7 +25,8 @@ def reproduce(
     listing: Annotated[bool, typer.Option("--list", help="Name them, with the paper, and run none.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: the claim's direction in seconds.")] = False,
     data: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A LIBSVM file that does not come along: w8a, a9a.")
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="A LIBSVM file that does not come along (w8a, a9a), or MNIST's folder."),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes (default: one a core; 0: this one).")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the results, one in it for each; what is done stays.")] = Path(
@@ -51,8 +52,15 @@ def reproduce(
     if unknown or not wanted:
         said = f"{unknown[0]!r} is none of them" if unknown else "which one"
         raise ConfigError(f"{said}: give one or more of {', '.join(REPRODUCTIONS)}, or --all.")
+    without = [name for name in wanted if not REPRODUCTIONS[name].can_run(quick, data or [])]
+    if without and not every:
+        needs = REPRODUCTIONS[without[0]].needs
+        raise ConfigError(f"{without[0]} needs {needs}: --data FOLDER, or --quick, which does without.")
     missed = []
     for name in wanted:
+        if name in without:
+            out_console.print(f"left out: {name}, which needs {REPRODUCTIONS[name].needs}: --data FOLDER.")
+            continue
         folder = out / (f"{name}-quick" if quick else name)
         outcome = _one(REPRODUCTIONS[name], folder, quick, data or [], workers)
         missed += [name for finding in outcome.findings if finding.verdict == "disagrees"]
