@@ -233,6 +233,8 @@ WRONG = {
         "--workers 2 over",
     ),
     "negative ranks": (["run", "quadratics", "GD()", *SMALL, "--ranks", "-1"], "--ranks -1"),
+    "timeout": (["run", "quadratics", "GD()", *SMALL, "--ranks", "2", "--timeout", "0"], "timeout=0.0: seconds"),
+    "drop": (["run", "quadratics", "Marina(RandK(2))", *SMALL, "--on-nonfinite", "drop"], "take 'skip', or a method"),
     "resume nothing": (["run", "--resume", "nosuch"], "there is no config.json"),
     "resume and more": (["run", "--resume", "full", "--rounds", "3"], "leave out rounds"),
     "resume Python's": (["run", "--resume", "full"], "resume it from Python"),
