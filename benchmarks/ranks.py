@@ -139,7 +139,7 @@ def main() -> int:
     chosen = options()
     if chosen.rank:
         torch.set_num_threads(1)
-        with connected(int(os.environ["WORLD_SIZE"]), b"a bench."):
+        with connected(int(os.environ["WORLD_SIZE"]), {"bench": "ranks"}):
             rows = rank(chosen.dim, chosen.seconds)
             if dist.get_rank() == 0:
                 print(json.dumps(rows))

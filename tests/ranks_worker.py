@@ -63,7 +63,7 @@ def refused() -> str:
 def main() -> None:
     """Traces of all jobs; every rank's are gathered and must be equal before rank 0 prints them."""
     torch.set_num_threads(1)
-    with connected(zoo.MIXED.n, DIGEST):
+    with connected(zoo.MIXED.n, {"tests": "the zoo"}):
         kinds = (TappedReplicated, TappedSharded)
         mine = [{name: job(partial(kind, zoo.MIXED.n, DIGEST)) for name, job in zoo.jobs().items()} for kind in kinds]
         short = TappedReplicated(zoo.MIXED.n, DIGEST)

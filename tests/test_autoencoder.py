@@ -254,6 +254,9 @@ def test_writers_are_natural_clients(tmp_path, monkeypatch):
         mnist.writers(tmp_path)
     with gzip.open(tmp_path / "qmnist-train-labels-idx2-int.gz", "wb") as stream:
         stream.write(head + table.tobytes())
+    with pytest.raises(DataError, match="not the writers' bytes"):
+        mnist.writers(tmp_path)
+    monkeypatch.setattr(mnist, "WRITERS", hashlib.sha256(table[:, 2].astype("<u2").tobytes()).hexdigest())
     parts = splits.by_key(mnist.writers(tmp_path))
     assert [part.tolist() for part in parts] == [list(range(k, 60, 7)) for k in range(7)]
     images = torch.from_numpy(mnist.images(tmp_path).copy()).float()[:, None] / 255

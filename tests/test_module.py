@@ -11,6 +11,7 @@ from shoal import simulate
 from shoal.errors import ConfigError, DataError
 from shoal.messages import Round
 from shoal.problems import Module
+from shoal.problems.curvature import Look
 
 
 def cross(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -153,3 +154,88 @@ class Noisy(nn.Module):
 def test_modules_refuse_what_is_no_function_of_x(module, data, loss, error, word):
     with pytest.raises(error, match=word):
         Module(module, data, loss)
+
+
+# ------------------------------------------------------------------------------------------------ minibatches
+def drawn_rows(problem: Module, rnd: Round, i: int, batch: int) -> list[int]:
+    """Which of client i's samples a batch takes, found by their inputs."""
+    inputs, _, gain = problem._drawn(i, rnd.rows(torch.tensor([i])), batch)
+    assert gain == len(problem._data[i][0]) / len(inputs)
+    return [int((problem._data[i][0] == one).flatten(1).all(1).nonzero()[0, 0]) for one in inputs]
+
+
+def test_a_batch_is_the_mean_of_its_samples_and_a_function_of_round_and_client():
+    problem, rnd = CASES["frozen statistics"](), Round.full(4, 9, 4)
+    x, whole = problem.start(), CASES["frozen statistics"]().grad(problem.start(), rnd, 3)
+    chosen = [drawn_rows(problem, rnd, i, 3) for i in range(4)]
+    for i, places in enumerate(chosen):
+        assert len(set(places)) == 3, "drawn without replacement"
+        mean = problem.sample_gradients(x, i, torch.tensor(places)).mean(0)
+        assert torch.allclose(whole[i].double(), mean, rtol=1e-4, atol=1e-6)  # float32: some hundred roundings
+    for ids in ([1, 3], [2]):  # other hosts, other slots, another point: the same samples
+        some = torch.tensor(ids)
+        cohort = Round(4, 9, 4, some, torch.arange(len(ids)), len(ids))
+        assert torch.equal(problem.only(some).grad(x, cohort, 3), whole[some])
+    for other in (Round.full(5, 9, 4), Round.full(4, 8, 4)):
+        assert [drawn_rows(problem, other, i, 3) for i in range(4)] != chosen
+    for batch in (9, 100):
+        assert torch.equal(problem.grad(x, rnd, batch), problem.evaluate(x, rnd.clients)[1])
+
+
+def test_batches_are_unbiased():
+    """Every pair of 5 samples equally often: 400 rounds, within six standard errors (2e-9 each, 7 numbers)."""
+    problem = Module(nn.Linear(6, 1), [(a, a[:, :1]) for a, _ in samples((5,))], squares)
+    x = problem.start()
+    found = torch.stack([problem.grad(x, Round.full(k, 3, 1), 2)[0] for k in range(400)])
+    error = (found.mean(0) - problem.evaluate(x, torch.tensor([0]))[1][0]).abs()
+    assert bool((error <= 6 * found.std(0) / 20 + 1e-6).all())
+
+
+def test_where_samples_mix_a_batch_is_all_of_them():
+    class Centered(nn.Module):
+        def forward(self, u: torch.Tensor) -> torch.Tensor:
+            return u - u.mean(0)
+
+    for case in (CASES["batch statistics"], lambda: Module(net(Centered()), samples(), cross)):
+        problem, rnd = case(), Round.full(0, 0, 4)
+        assert problem.mixes
+        assert torch.equal(problem.grad(problem.start(), rnd, 2), problem.evaluate(problem.start(), rnd.clients)[1])
+        L = problem.smoothness()
+        assert (L.samples, L.most, L.sample, L.noise) == (1.0, 1.0, 0.0, 0.0)
+    assert not CASES["frozen statistics"]().mixes
+
+
+def test_dropout_and_batches_are_drawn_together():
+    problem, rnd = CASES["dropout"](), Round.full(2, 0, 4)
+    x, some = problem.start(), torch.tensor([1, 2])
+    rows = problem.grad(x, rnd, 3)
+    assert torch.equal(problem.grad(x, rnd, 3), rows)
+    assert torch.equal(problem.only(some).grad(x, rnd.rows(some), 3), rows[some])
+    assert not torch.equal(rows, CASES["dense"]().grad(x, rnd, 3))
+
+
+@pytest.mark.parametrize("precise", [True, False])
+def test_constants_of_samples_against_dense_hessians(precise):
+    """Squared errors of a linear model: H_ij = 2 a a' n N_i / N, and the gradients are linear too."""
+    data = [(a, torch.zeros(len(a), 1)) for a, _ in samples()]
+    problem = Module(nn.Linear(6, 1, bias=False), data, squares, look=Look(12, samples=None, precise=precise))
+    each = [2 * 4 * len(a) / 26 * a.double()[:, :, None] * a.double()[:, None, :] for a, _ in data]
+    apart = sum(((H - H.mean(0)) @ (H - H.mean(0))).mean(0) for H in each) / 4
+    L, x = problem.smoothness(), problem.start().double()
+    close = 1e-5 if precise else 1e-3  # six digits are kept; a difference of float32 has about four
+    assert L.sample == pytest.approx(float(torch.linalg.matrix_norm(apart, 2)) ** 0.5, rel=close)
+    slopes = [H @ x for H in each]
+    assert L.noise == pytest.approx(sum(float((g - g.mean(0)).square().sum(1).mean()) for g in slopes) / 4, rel=1e-5)
+    assert (L.samples, L.most, L.sample.status, L.noise.status) == (6.5, 9.0, "estimate", "estimate")
+    assert L.minus == pytest.approx(
+        float(torch.linalg.matrix_norm(sum(H.mean(0) for H in each) / 4, 2)), rel=close
+    )  # f_i's Hessian is its samples' mean
+
+
+def test_a_look_at_some_clients():
+    assert Look().at(7, None).tolist() == list(range(7))
+    assert Look().at(7, 3).tolist() == [0, 2, 4]
+    assert Look().at(2, 5).tolist() == [0, 1]
+    problem = Module(net(), samples(), cross, look=Look(6, clients=2, samples=2))
+    some, whole = problem.smoothness(), Module(net(), samples(), cross).smoothness()
+    assert 0.2 < some.minus / whole.minus < 5  # of other clients, and yet of the same kind

@@ -30,10 +30,14 @@ NAMES = {
         "DCGD", "EF21", "GD", "Dasha", "Diana", "Marina", "MarinaP", "PPMarina", "TwoWayEF21", "TwoWayMarina",
         "VRDiana", "VRMarina",
     ],
-    problems: ["Autoencoder", "Classification", "Module", "Quadratics", "estimated", "measured_pm"],
+    problems: [
+        "Autoencoder", "Classification", "Module", "Quadratics", "estimated", "measured_pm", "mnist_cnn", "resnet18",
+        "shakespeare",
+    ],
     errors: [
         "BadMagic", "CheckpointCorrupt", "CheckpointError", "ChecksumError", "ConfigError", "ConfigMismatch",
-        "DataError", "LengthError", "NonFiniteError", "PayloadError", "ResumeMismatch",
+        "DataError", "LengthError", "NonFiniteError", "PayloadError", "PeerDied", "PeerLost", "PeerTimeout",
+        "QuorumLost", "ResumeMismatch",
         "RoundMismatch", "ShoalError", "VersionMismatch", "WireError",
     ],
 }  # fmt: skip

@@ -19,9 +19,10 @@ from rich.table import Table
 from shoal import __version__, compressors, data, kernels, methods, problems, report
 from shoal.cli import bench, mean, plan, race, reproduce, run, sweep
 from shoal.cli.options import With, app, err_console, fail, out_console
-from shoal.errors import ShoalError
+from shoal.errors import PeerLost, ShoalError
 from shoal.experiments import sweep as sweeps
 from shoal.experiments.expressions import known_names
+from shoal.experiments.spec import ON_FILES
 from shoal.report import mean as means
 from shoal.report import mean_text
 from shoal.runtimes.replicated import started_by_torchrun
@@ -67,6 +68,9 @@ def list_command(
                 table.add_row(_signature(entry), *map(escape, _described(entry)))
     for name, origin in data.BUNDLED.items():
         table.add_row(name, "bundled data for Classification", escape(origin))
+    for name, (kind, called, _, build) in ON_FILES.items():
+        if not inspect.ismethod(build):  # a class stands above
+            table.add_row(name, f"on {kind}: --data FOLDER, or --data {called}", "docs/problems.md")
     for name, entry in known_names(with_file or ()).items():
         if name not in {n for m in (methods, compressors, problems) for n in m.__all__}:
             table.add_row(_signature(entry), *map(escape, _described(entry)))
@@ -104,13 +108,19 @@ def _root(
     pass
 
 
+def _speaker(error: ShoalError) -> int:
+    """The rank that says for all what happened: the first that is not lost."""
+    lost = error.ranks if isinstance(error, PeerLost) else ()
+    return next(rank for rank in range(len(lost) + 1) if rank not in lost)
+
+
 def main() -> None:
     """Run the command; every error that can be expected is one line and a non-zero exit."""
     kernels.when_compiling(lambda: err_console.print("compiling kernels (once: they are kept)", style="dim"))
     try:
         app()
     except ShoalError as error:
-        if not started_by_torchrun() or os.environ["RANK"] == "0":
+        if not started_by_torchrun() or int(os.environ["RANK"]) == _speaker(error):
             fail(error)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

@@ -31,7 +31,10 @@ app = typer.Typer(
 # Without emoji: rich would turn the `:b:` of a name or a path into a picture.
 out_console, err_console = Console(emoji=False), Console(stderr=True, emoji=False)
 
-PROBLEMS = "quadratics, autoencoder, heart, phishing, mushrooms, a LIBSVM file, or an expression of a --with problem."
+PROBLEMS = (
+    "quadratics, autoencoder, mnist-cnn, shakespeare, resnet18, heart, phishing, mushrooms, a LIBSVM file, or an "
+    "expression of a --with problem."
+)
 Clients = Annotated[int | None, typer.Option("--clients", "-n", help="Number of clients n.")]
 Split = Annotated[str | None, typer.Option(help="How rows are shared out: iid, label, dirichlet, contiguous.")]
 Alpha = Annotated[float | None, typer.Option(help="Dirichlet parameter of --split dirichlet; smaller is more uneven.")]
@@ -42,14 +45,20 @@ Loss = Annotated[
 Lam = Annotated[float | None, typer.Option(help="Weight of the regularizer (quadratics: strong convexity of f).")]
 Dim = Annotated[int | None, typer.Option("--dim", "-d", help="quadratics: number of coordinates d.")]
 Noise = Annotated[float | None, typer.Option(help="quadratics: how much clients differ; L_± is about this.")]
-Data = Annotated[str | None, typer.Option(help="autoencoder, heart: the folder of MNIST's or the hospitals' files.")]
-DataRows = Annotated[int | None, typer.Option("--rows", help="autoencoder: how many images, from the first on.")]
+Data = Annotated[
+    str | None, typer.Option(help="The folder of the data's files; or 'mnist', 'tinyshakespeare': found or downloaded.")
+]
+DataRows = Annotated[
+    int | None,
+    typer.Option(
+        "--rows",
+        help="autoencoder, resnet18: so many images; mnist-cnn, shakespeare: at most so many samples a client.",
+    ),
+]
 Similarity = Annotated[
     float | None, typer.Option(help="autoencoder: the probability that a client's image is one that all share.")
 ]
-ProblemSeed = Annotated[
-    int | None, typer.Option(help="Seed of the split, of the quadratics, of the autoencoder's start.")
-]
+ProblemSeed = Annotated[int | None, typer.Option(help="Seed of the split, of the quadratics, of a network's start.")]
 With = Annotated[
     list[str] | None,
     typer.Option(

@@ -53,7 +53,7 @@ from shoal.cli.options import (
     stored_spec,
 )  # fmt: skip
 from shoal.errors import ConfigError
-from shoal.experiments.folder import digest, make_folder
+from shoal.experiments.folder import make_folder, versions
 from shoal.experiments.race import News, check
 from shoal.experiments.race import race as run_race
 from shoal.experiments.spec import ProblemSpec, RaceSpec
@@ -127,7 +127,7 @@ def race(
         spec = _spec(_toml(config) if config else tomllib.loads(default_race()), problem, described, changed)
         folder = out or new_folder("race", spec.problem.name)
     if started_by_torchrun():
-        with connected(check(spec)[0].n, digest(json.loads(spec.model_dump_json())), make) as lines:
+        with connected(check(spec)[0].n, json.loads(spec.model_dump_json()) | {"versions": versions()}, make) as lines:
             _race(spec, folder, resume is not None, None, Ranks(lines.peers, make))
         return
     if ranks:

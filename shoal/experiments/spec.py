@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shoal import data, heart
-from shoal.core import Problem
+from shoal.core import OnNonFinite, Problem
 from shoal.errors import ConfigError
 from shoal.experiments.expressions import known_names, parse
-from shoal.problems import Autoencoder, Classification, Quadratics
+from shoal.problems import Autoencoder, Classification, Quadratics, mnist_cnn, resnet18, shakespeare
 
 Positive = Field(default=None, gt=0, allow_inf_nan=False)
+
+
+# name: what its data are, their name, the settings, the constructor
+ON_FILES: dict[str, tuple[str, str, set[str], Callable[..., Problem]]] = {
+    "autoencoder": ("MNIST", "mnist", {"clients", "data", "lam", "rows", "seed", "similarity"}, Autoencoder.load),
+    "mnist-cnn": ("MNIST and its writers", "mnist", {"clients", "data", "rows", "seed"}, mnist_cnn),
+    "shakespeare": ("the plays' text", "tinyshakespeare", {"clients", "data", "rows", "seed"}, shakespeare),
+    "resnet18": ("MNIST", "mnist", {"alpha", "clients", "data", "rows", "seed", "split"}, resnet18),
+}
 
 
 class Spec(BaseModel):
@@ -35,7 +44,8 @@ class Spec(BaseModel):
 
 
 class ProblemSpec(Spec):
-    """name: quadratics, autoencoder, heart, a bundled data set, a LIBSVM file, or an expression: "Quadratics(n=3)".
+    """name: quadratics, autoencoder, mnist-cnn, shakespeare, resnet18, heart, a bundled data set, a LIBSVM file, or an
+    expression: "Quadratics(n=3)".
 
     A field that does not apply to the problem must be left out. None stands for the problem's default.
     """
@@ -70,13 +80,15 @@ class ProblemSpec(Spec):
             self._refuse("quadratics", {"clients", "dim", "noise", "lam", "seed"})
             names = {"clients": "n", "dim": "d"}
             return Quadratics(**{names.get(k, k): v for k, v in given.items()})
-        if self.name == "autoencoder":
-            self._refuse("autoencoder", {"clients", "data", "lam", "rows", "seed", "similarity"})
+        if self.name in ON_FILES:
+            kind, called, allowed, build = ON_FILES[self.name]
+            self._refuse(self.name, allowed)
             if "data" not in given:
                 raise ConfigError(
-                    "the autoencoder needs MNIST: --data FOLDER; shoal.mnist.fetch(folder) downloads its files there."
+                    f"{self.name} needs {kind}: --data FOLDER with the files, or --data {called}, which looks for "
+                    "them in SHOAL_DATA and the cache, and else downloads them."
                 )
-            return Autoencoder.load(given.pop("data"), **{"n" if k == "clients" else k: v for k, v in given.items()})
+            return build(given.pop("data"), **{"n" if k == "clients" else k: v for k, v in given.items()})
         if self.name == "heart":
             self._refuse("heart", {"data", "lam", "loss"})
             if "data" not in given:
@@ -84,7 +96,7 @@ class ProblemSpec(Spec):
             return Classification(*heart.load(given.pop("data")), **given, name="heart")
         known = self.name in data.BUNDLED or Path(self.name).expanduser().exists()
         if not known and "(" not in self.name:
-            there = ", ".join(("quadratics", "autoencoder", "heart", *data.BUNDLED))
+            there = ", ".join(("quadratics", *ON_FILES, "heart", *data.BUNDLED))
             raise ConfigError(
                 f"no problem or file {self.name!r}: give {there}, the path of a LIBSVM file, or an expression."
             )
@@ -110,6 +122,7 @@ class RunSpec(Spec):
     pl: bool = False
     every: int = Field(default=1, ge=1)
     chunk: int | None = Field(default=None, ge=1)
+    on_nonfinite: OnNonFinite = "raise"
     files: tuple[str, ...] = ()
 
 

@@ -86,8 +86,9 @@ class Autoencoder(Problem):
         lam: float = 0.0,
         seed: int = 0,
     ) -> Autoencoder:
-        """MNIST from a folder (`shoal.mnist`): its first `rows` images, pixels in [0, 1], split by `splits.similar`."""
-        images = mnist.images(folder, "train")
+        """MNIST from a folder, or by the name "mnist" (`shoal.mnist.located`): its first `rows` images, pixels in
+        [0, 1], split by `splits.similar`."""
+        images = mnist.images(mnist.located(folder), "train")
         if rows is not None and not 1 <= rows <= len(images):
             raise ConfigError(
                 f"rows={rows!r}: MNIST has {len(images)} training images; take 1 to {len(images)} of them."
