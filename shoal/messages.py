@@ -92,7 +92,9 @@ class Round:
 
     def fork(self, name: str) -> Round:
         """A second, independent use of the same streams in one round."""
-        return replace(self, prefix=f"{self.prefix}{name}/")
+        # `replace` takes several times as long, and a rotation forks for each of its steps.
+        prefix, slots = f"{self.prefix}{name}/", self.slots
+        return Round(self.index, self.seed, self.n, self.clients, slots, self.cohort, self.agreed, prefix, self.members)
 
     def to(self, device: torch.device | str) -> Round:
         """The same round for rows on this device: what it draws lies there, and is the same everywhere."""
@@ -116,13 +118,13 @@ class Messages:
     def of(payload: Tensor, rnd: Round, d: int, nbytes: Tensor | None = None) -> Messages:
         """Rows of bytes, all of them in use unless `nbytes` says otherwise."""
         if nbytes is None:
-            nbytes = torch.full((len(payload),), payload.shape[1], device=payload.device)
+            nbytes = torch.full(payload.shape[:1], payload.shape[1], device=payload.device)
         return Messages(payload, nbytes, rnd.slots, d)
 
     @property
     def shared(self) -> bool:
         """Whether this is the server's one row, which all clients hear."""
-        return len(self.slots) == 1 and int(self.slots[0]) == int(rng.SERVER)
+        return self.slots.numel() == 1 and self.slots.item() == rng.SERVER.item()
 
     def rows(self, part: slice | Tensor) -> Messages:
         """What these rows' clients hear of a downlink: their own rows, or the one row for all."""
@@ -133,15 +135,16 @@ class Messages:
 
         The first line of every `decode`: no byte is read before its length is right.
         """
-        wide = self.payload.shape[1]
-        if isinstance(lengths, int) and lengths <= wide and bool((self.nbytes == lengths).all()):
-            return self.payload if lengths == wide else self.payload[:, :lengths]
-        expected = torch.as_tensor(lengths, device=self.nbytes.device).expand(len(self.nbytes))
-        if not torch.equal(self.nbytes, expected) or (len(expected) and wide < int(expected.max())):
-            raise LengthError(
-                f"rows of {self.nbytes.tolist()[:4]} bytes in {wide}; the code says {expected.tolist()[:4]}."
-            )
-        return self.payload[:, : int(expected.max())] if len(expected) else self.payload
+        wide, nbytes, m = self.payload.shape[1], self.nbytes, self.nbytes.numel()
+        if isinstance(lengths, int):
+            right, most = nbytes.item() == lengths if m == 1 else bool((nbytes == lengths).all()), lengths
+        else:
+            right = torch.equal(nbytes, lengths)
+            most = int(largest(lengths)) if m and right else 0
+        if right and most <= wide:
+            return self.payload if most == wide or m == 0 else self.payload[:, :most]
+        expected = torch.as_tensor(lengths).expand(nbytes.shape).tolist()
+        raise LengthError(f"rows of {nbytes.tolist()[:4]} bytes in {wide}; the code says {expected[:4]}.")
 
 
 def as_bytes(x: Tensor) -> Tensor:
@@ -171,13 +174,14 @@ def finite_floats(b: Tensor, gain: float = 1.0) -> Tensor:
 def shaped_rows(u: Rows, rnd: Round) -> Rows:
     """u itself (contiguous, detached), if these are rows of the round. Raises ConfigError for a wrong shape, dtype or
     device."""
-    if u.ndim != 2 or u.dtype != torch.float32 or u.shape[0] != len(rnd.slots) or u.shape[1] == 0:
+    shape = u.shape
+    if len(shape) != 2 or u.dtype != torch.float32 or shape[0] != rnd.slots.shape[0] or shape[1] == 0:
         raise ConfigError(
-            f"compressing {tuple(u.shape)} {u.dtype} for {len(rnd.slots)} clients: rows are (m, d) float32 with d >= 1."
+            f"compressing {tuple(shape)} {u.dtype} for {len(rnd.slots)} clients: rows are (m, d) float32 with d >= 1."
         )
     if u.device != rnd.slots.device:
         raise ConfigError(f"rows on {u.device} in a round on {rnd.slots.device}: take rnd.to(u.device).")
-    return u.detach().contiguous()
+    return (u.detach() if u.requires_grad else u).contiguous()
 
 
 def measured_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 1.0) -> tuple[Rows, Tensor]:
@@ -202,7 +206,19 @@ def not_finite(bad: Tensor, rnd: Round, what: str) -> NonFiniteError:
 
 def within(r: Tensor, gain: float = 1.0) -> bool:
     """Whether gain times each of these numbers is finite, in float32; a NaN is not. (One look at the largest.)"""
-    return not r.numel() or float(r.max()) * gain <= FLOAT_MAX
+    return largest(r) * gain <= FLOAT_MAX
+
+
+def largest(r: Tensor) -> float:
+    """The largest of these numbers, NaN if one is, 0 if there are none. Of a single one there is nothing to reduce."""
+    size = r.numel()
+    return (r if size == 1 else r.max()).item() if size else 0.0
+
+
+def smallest(r: Tensor) -> float:
+    """The smallest of these numbers, as `largest` has the largest."""
+    size = r.numel()
+    return (r if size == 1 else r.min()).item() if size else 0.0
 
 
 def checked_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 1.0) -> Rows:

@@ -65,6 +65,7 @@ def encode(v, place, shifts, offset):
     gpu.encode_natural_levels(u, r, v.private, 5)
     gpu.encode_points(u, r.double(), torch.linspace(-2, 2, 8))
     gpu.encode_signs(u)
+    gpu.rotate_signs(torch.zeros(3, 1000), [v.private], 1 << 10)
     gpu.norms(u)
     for turn in (gpu.rotate, gpu.rotate_back):
         turn(torch.zeros(3, 1 << 14), [v.private], 1 << 14)

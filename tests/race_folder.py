@@ -83,7 +83,6 @@ def write_race(
                 "max": [0.842, "bound"],
                 "f_inf": [0.0, "bound"],
             },
-            "measured_pm": [0.0511, "estimate"],
             "command": "shoal race --data phishing --clients 20 --target 1e-6",
             "versions": {"shoal": "0.1.0", "torch": "2.13.0", "numpy": "2.4.0", "python": "3.11.9"},
             "machine": "x86_64, 2 cores, Linux",
@@ -176,6 +175,7 @@ def _write(
             "gamma": gamma,
             "theorem": "MARINA, Theorem 2.1, with the AB inequality" if model.p else "Theorem 3, general nonconvex",
             "constants": constants,
+            "seen": {"minus": [0.61, "estimate"], "plus": [0.62, "estimate"], "pm": [0.0511, "estimate"]},
             **{key: value for key, value in rows[-1].items() if key != "round"},
         },
     )

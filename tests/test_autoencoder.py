@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from shoal import mnist, simulate, splits
+from shoal.data import load
 from shoal.errors import ConfigError, DataError
 from shoal.experiments.spec import ProblemSpec
 from shoal.problems import Autoencoder, Module, estimated
@@ -196,8 +197,21 @@ def test_a_small_copy_is_read(tmp_path, monkeypatch, suffix, opener):
     for settings, word in (({}, "--data FOLDER"), ({"data": str(tmp_path), "noise": 1.0}, "noise: not a setting")):
         with pytest.raises(ConfigError, match=word):
             ProblemSpec.of(name="autoencoder", **settings).build()
-    with pytest.raises(ConfigError, match="60 training images"):
+    with pytest.raises(ConfigError, match="rows=61: MNIST has 60 images; take 1 to 60"):
         Autoencoder.load(tmp_path, rows=61)
+
+
+def test_the_rows_of_a_bundled_data_set():
+    problem = ProblemSpec.of(name="autoencoder", data="mushrooms", clients=4, rows=25, similarity=1.0).build()
+    assert (problem.n, problem.p, problem.total_rows) == (4, 112, 20)
+    values, rows = problem.evaluate(problem.start(), torch.arange(4))
+    assert bool((rows == rows[0]).all()), "all clients have the same rows, those of the part that is left over"
+    A = load("mushrooms").A[:25]
+    part = splits.similar(25, 4, 1.0)[0]
+    alone = Autoencoder(A[part], [np.arange(5)])
+    assert torch.equal(values[:1], alone.evaluate(problem.start(), torch.arange(1))[0])
+    with pytest.raises(ConfigError, match="rows=9000: mushrooms has 8124 rows; take 1 to 8124"):
+        Autoencoder.load("mushrooms", n=4, rows=9000)
 
 
 def test_files_that_are_not_mnist_are_named(tmp_path, monkeypatch):

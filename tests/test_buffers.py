@@ -15,7 +15,20 @@ from shoal import kernels
 from shoal.kernels.cpu import buffers
 
 SIZE = buffers.LARGE + 3
-USERS = ("bits", "codes", "dealt", "levels", "philox", "points", "pointwise", "rotation", "sparse", "strata", "tables")
+USERS = (
+    "bits",
+    "codes",
+    "dealt",
+    "levels",
+    "philox",
+    "points",
+    "pointwise",
+    "rotation",
+    "sparse",
+    "strata",
+    "tables",
+    "turned",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -386,8 +386,12 @@ def test_a_race_ends_with_a_leaderboard_and_a_report(raced):
     assert facts["command"] == "shoal " + " ".join(RACE).replace("Marina(RandK(2))", "'Marina(RandK(2))'").replace(
         "GD()", "'GD()'"
     )
-    assert 0 < facts["measured_pm"][0] <= facts["smoothness"]["pm"][0] * (1 + 1e-6)
-    assert facts["measured_pm"][1] == "estimate"
+    for run in (folder / "runs").iterdir():
+        result = load_result(run)
+        for name, (value, status) in result["seen"].items():
+            assert 0 < value <= result["smoothness"][name][0] * (1 + 1e-6)
+            assert status == "estimate"
+    assert "; seen along the runs: L_- " in done.out
     assert done.err.count("done: ") == 4, "two methods under two step rules"
 
 
@@ -498,6 +502,7 @@ def test_ranks_print_what_the_simulator_prints(shoal, tmp_path):
     assert {**one, "seconds": 0} == {**two, "seconds": 0, "moved_bytes": []}
     assert one["sha256"] in alone.out
     assert one["sha256"] in there.out
+    assert f"seen along the run: {one['seen']['minus'][0]:.4g}, " in there.out
     assert there.out.count("sha256(x)") == 1, "one rank speaks"
     moved, payload = sum(two["moved_bytes"]), round(two["up_bits"] / 8 * 3)
     said = " ".join(there.out.split())

@@ -214,6 +214,8 @@ def turned(ops: ModuleType, v: Inputs, name: str) -> list[Tensor]:
     for draws in ([v.private], [v.private._replace(slots=torch.tensor([0xFFFFFFFF])), v.tie]):
         if name == "rotate":
             out.append(ops.rotate(u, draws, size))
+        elif name == "rotate_signs":
+            out += ops.rotate_signs(u, draws, size)
         else:
             y = reference.rotate(u, draws, size)
             out += [ops.rotate_back(y, draws, v.d), ops.rotate_back(y, draws, size)]
@@ -236,6 +238,7 @@ CASES |= {
     "encode_signs": lambda ops, v: list(ops.encode_signs(v.u)),
     "rotate": lambda ops, v: turned(ops, v, "rotate"),
     "rotate_back": lambda ops, v: turned(ops, v, "rotate_back"),
+    "rotate_signs": lambda ops, v: turned(ops, v, "rotate_signs"),
 }
 CASES |= {
     "below": lambda ops, v: [ops.below(v.private, v.d, n) for n in (1, 2, 16, 2**31 - 1)],
@@ -370,6 +373,34 @@ def test_long_rotations_on_any_number_of_threads(power):
                     same(a, b)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("d", [65_537, 200_001, 2**18, 600_000, 2**20 + 70_000])
+def test_signs_of_long_rotations_on_any_number_of_threads(d):
+    """Every count of rows in the last pass, padding that is left out, and zeros: the bytes of three steps in memory."""
+    v = Inputs(1 + (d < 2**18), d, 1.0)
+    v.u[0, d // 3 :] *= d % 2  # a row whose last blocks are zeros, as the padding is
+    size = 1 << (d - 1).bit_length()
+    expected = reference.rotate_signs(v.u, [v.private], size)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for a, b in zip(cpu.rotate_signs(v.u, [v.private], size), expected, strict=True):
+                same(a, b)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("m", [1, 7, 8, 9, 16, 23, 31, 32, 255, 256])
+def test_means_of_bits_with_one_scale(m):
+    """Counted in planes, in bytes, in several rounds of bytes; columns of longer messages; a scale that overflows."""
+    v = Inputs(m, 1100, 1.0)
+    for d in (1, 513, 1100):
+        for r in (1e-45, 0.3, 3.4e38):
+            for payload in (v.bytes, v.bytes[:, 3:]):
+                code, scale = payload[:, : (d + 7) // 8], torch.full((m,), r)
+                same(cpu.mean_bits(code, scale, d, m + 3), reference.mean_bits(code, scale, d, m + 3))
 
 
 @pytest.mark.parametrize("threads", [1, 2])

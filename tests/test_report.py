@@ -27,7 +27,7 @@ from race_folder import METHODS, Model, row, write_race, write_run
 from shoal import report
 from shoal.errors import ConfigError, DataError
 from shoal.report import figures
-from shoal.report.leaderboard import number, rivals, scaled, seconds, span, times, when_to_use
+from shoal.report.leaderboard import curvature, number, rivals, scaled, seconds, span, times, when_to_use
 from shoal.report.load import read_metrics
 
 
@@ -242,7 +242,9 @@ def test_a_race_cut_off_before_its_first_row_still_has_a_report(tmp_path: Path) 
 
 def test_single_run_folder(tmp_path: Path) -> None:
     result = {"sha256": "ab" * 32, "stopped": "target", "gamma": 0.1, "resolved": "GD()", "constants": {"L_minus": 2.0}}
-    folder = write_run(tmp_path / "run", falling(96.0, 3), target=1e-2, seed=7, result=result)
+    result |= {"seen": {"minus": [1.25, "estimate"], "plus": [1.5, "estimate"], "pm": [0.0, "estimate"]}}
+    stated = {"minus": [2.0, "bound"], "plus": [3.0, "bound"], "pm": [0.0, "exact"]}
+    folder = write_run(tmp_path / "run", falling(96.0, 3), target=1e-2, seed=7, result=result, smoothness=stated)
     race = report.load(folder)
     assert (race.title, race.methods, race.steps, race.seeds, race.status) == (
         "GD() on toy",
@@ -255,6 +257,10 @@ def test_single_run_folder(tmp_path: Path) -> None:
     assert "With theory steps, GD() reached ‖∇f‖² ≤ 0.01 after 288 bit a client." in page
     assert "ab" * 32 in page
     assert "L_minus = 2" in page
+    assert "seen: L₋ = 1.25, L₊ = 1.5, L± = 0<" in page
+    assert "largest seen along a run; 62% of the bound above" in page
+    line = "L_- = 2 (bound), L_+ = 3 (bound), L_± = 0 (exact); seen along the runs: L_- 1.25, L_+ 1.5, L_± 0"
+    assert curvature(race) == line
     tuned = write_run(tmp_path / "tuned", falling(96.0, 3), step={"multiple": 4.0})
     assert (report.load(tuned).steps, report.load(tuned).status) == (("tuned",), "interrupted")
 

@@ -15,10 +15,10 @@ from test_cli import shoal  # noqa: F401  (a fixture)
 
 from shoal.errors import ConfigError
 from shoal.experiments.grid import Grid
-from shoal.experiments.reproduce import REPRODUCTIONS, load_findings, reproduce
+from shoal.experiments.reproduce import REPRODUCTIONS, Outcome, load_findings, reproduce
 from shoal.experiments.reproduce.cq_checks import gain, limit, stable, trajectory_errors
 from shoal.experiments.reproduce.cq_quadratics import CQ, IQ, SHARED, better
-from shoal.experiments.reproduce.study import Ratio, above, bits, interval, ratio, where
+from shoal.experiments.reproduce.study import Ratio, above, bits, curvature, interval, ratio, where
 from shoal.experiments.sweep import table
 from shoal.problems import Quadratics
 
@@ -95,6 +95,8 @@ def test_the_command(shoal, tmp_path):  # noqa: F811
     assert facts["findings"][1]["verdict"] == "agrees"
     assert facts["findings"][1]["figure"] in report
     assert facts["command"] == "shoal reproduce cq-heterogeneity --quick"
+    assert done.out.count("known from") == 1
+    assert "cq-heterogeneity" in done.out
 
 
 def test_files_that_do_not_come_along(tmp_path):
@@ -105,7 +107,34 @@ def test_files_that_do_not_come_along(tmp_path):
     names = [g.run["problem.name"] for g in REPRODUCTIONS["cq-logistic"].grids(True, paths)]
     assert names == ["phishing", "mushrooms", str(paths[0])]
     names = [g.run["problem.name"] for g in REPRODUCTIONS["marina-classification"].grids(False, paths)]
-    assert names == ["mushrooms", "phishing", str(paths[1])]
+    assert names == ["mushrooms", "phishing", *map(str, paths)]
+    names = [g.run["problem.name"] for g in REPRODUCTIONS["marina-classification"].grids(True, paths[1:])]
+    assert names == ["mushrooms", str(paths[1])]
+
+
+def test_the_autoencoder_needs_its_folder_but_not_quick(shoal, tmp_path):  # noqa: F811
+    refused = shoal("reproduce", "permk-autoencoder")
+    assert "permk-autoencoder needs MNIST: --data FOLDER, or --quick" in refused.error
+    with pytest.raises(ConfigError, match="needs MNIST"):
+        reproduce(REPRODUCTIONS["permk-autoencoder-1000"], tmp_path / "out", data=())
+    assert "holds no train-images" in shoal("reproduce", "permk-autoencoder", "--data", ".").error
+    grids = REPRODUCTIONS["permk-autoencoder"].grids(True, [])
+    assert {grid.run["problem.data"] for grid in grids} == {"mushrooms"}
+    assert [grid.run["problem.similarity"] for grid in grids] == [0.0, 1.0]
+
+
+def test_a_report_says_what_was_seen_of_the_constants(tmp_path):
+    """Beside what the problem states, largest first over the runs that did not diverge."""
+    what = replace(REPRODUCTIONS["cq-stability"], grids=three, judge=lambda rows, quick: Outcome(()))
+    reproduce(what, tmp_path, workers=0)
+    rows = table(tmp_path)
+    (listing,) = curvature(rows)
+    (line,) = listing.rows
+    exact, seen = rows[0]["L_minus"], max(row["L_minus_seen"] for row in rows)
+    assert line[:3] == ("quadratics", f"{exact:.4g} (exact)", f"{seen:.4g}")
+    assert "| L₋, seen |" in (tmp_path / "report.md").read_text()
+    far = [row | {"L_minus_seen": 1e9, "stopped": "diverged"} for row in rows]
+    assert curvature(rows + far)[0].rows == listing.rows
 
 
 def test_a_failed_point_gives_no_verdict(tmp_path, monkeypatch):
@@ -137,6 +166,8 @@ HOLDS = {  # the verdicts that a quick version must reach, finding by finding
     "permk-quadratics": ({"agrees"}, ANY, {"agrees"}),
     "permk-quadratics-1000": ({"agrees"}, ANY, ANY),
     "permk-quadratics-10000": ({"agrees"}, ANY, ANY),
+    "permk-autoencoder": ({"agrees"}, {"in part"}, {"agrees"}),
+    "permk-autoencoder-1000": ({"agrees"}, ANY, ANY),
     "marina-classification": ({"agrees"}, {"agrees", "undecided"}, {"agrees"}, {"agrees", "undecided"}),
 }
 

@@ -278,7 +278,7 @@ def test_moved_bytes_are_those_of_the_interface():
         moved = sum(rows[kind].moved)
         assert moved <= rows[kind].interface <= 1.03 * moved + 20_000, kind
     signals = sum(rows["sharded"].moved) - 3 * (2 * (2 * HEADER + 50_000) + 2 * 100_000)
-    assert 0 <= signals < 3 * 2 * 2 * 500, "what is said in front of two exchanges to two others"
+    assert 0 < signals < 3 * 2 * 2 * 256, "two exchanges, each behind a signal to two others"
     assert 12 * sum(rows["auto"].moved) < rows["all-reduce"].interface
 
 

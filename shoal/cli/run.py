@@ -48,12 +48,13 @@ from shoal.cli.options import (
     rank_words,
     stored_spec,
 )  # fmt: skip
-from shoal.core import Method, OnNonFinite, Problem, Row
+from shoal.core import Method, OnNonFinite, Row
 from shoal.errors import ConfigError
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import make_folder, versions
 from shoal.experiments.run import Run, load_result, prepare, simulate
 from shoal.experiments.spec import ProblemSpec, RunSpec
+from shoal.problems.secants import Seen
 from shoal.runtimes import checked_policy, replicated
 from shoal.runtimes.group import checked_timeout
 from shoal.runtimes.lines import TIMEOUT
@@ -179,7 +180,7 @@ def _run(spec: RunSpec, out: Path, resuming: bool, make: Make, timeout: float) -
             )
         if not first:
             return
-        _show(run, problem, out, words)
+        _show(run, out, words)
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[norm]}"))
     with Progress(*columns, TimeElapsedColumn(), console=err_console, transient=True) as bar:
@@ -191,7 +192,7 @@ def _run(spec: RunSpec, out: Path, resuming: bool, make: Make, timeout: float) -
             if (out / "checkpoint.npz").exists():
                 fail(f"interrupted; go on with: shoal run --resume {shlex.quote(str(out))}", 130)
             fail("interrupted.", 130)
-    _show(run, problem, out, "")
+    _show(run, out, "")
     _judge(run.result(), spec)
 
 
@@ -220,15 +221,14 @@ def _follow(bar: Progress, task: TaskID, spec: RunSpec) -> Callable[[Row], None]
     return tell
 
 
-def _show(run: Run, problem: Problem, out: Path, place: str) -> None:
+def _show(run: Run, out: Path, place: str) -> None:
     last, table = run.rows[-1], Table(show_header=False, box=None, pad_edge=False)
-    L = problem.smoothness()
     used = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in run.step.constants.items()}
     lines = {
         "method": compact(run.method),
         "step size": f"{run.gamma:.6g}, theory {run.step.gamma:.6g}: {run.step.theorem}",
         "constants": ", ".join(f"{k} = {v}" for k, v in used.items() if k != "source" and v),
-        "L_± / L_+": f"{L.pm / L.plus if L.plus else 0.0:.3g} ({L.pm.status} / {L.plus.status})",
+        "L_-, L_+, L_±": _curvature(run),
         "stopped": f"{run.stopped} after {last.round} rounds, {last.seconds:.2f} s {run.note}",
         "f": f"{last.value:.9g}",
         "‖∇f‖²": f"{last.grad_norm_sq:.6g}",
@@ -247,3 +247,11 @@ def _show(run: Run, problem: Problem, out: Path, place: str) -> None:
     for name, value in lines.items():
         table.add_row(f"[bold]{name}[/bold]", escape(value))
     Console(width=max(out_console.width, 110) if not out_console.is_terminal else None).print(table)
+
+
+def _curvature(run: Run) -> str:
+    """The three constants as stated, and as seen between recorded points."""
+    assert run.smoothness is not None
+    stated = [getattr(run.smoothness, name) for name in Seen._fields]
+    said = ", ".join(f"{value:.4g} ({value.status})" for value in stated)
+    return f"{said}; seen along the run: {', '.join(f'{value:.4g}' for value in run.seen)}"

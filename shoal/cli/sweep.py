@@ -27,7 +27,18 @@ from shoal.experiments.grid import SweepSpec, values
 from shoal.experiments.spec import RunSpec
 from shoal.experiments.sweep import Progress
 
-SHOWN = ("status", "stopped", "last_round", "grad_norm_sq", "up_bits", "gamma", "seconds")
+SHOWN = (
+    "status",
+    "stopped",
+    "last_round",
+    "grad_norm_sq",
+    "up_bits",
+    "gamma",
+    "seconds",
+    "L_minus_seen",
+    "L_plus_seen",
+    "L_pm_seen",
+)
 
 
 @app.command()

@@ -24,7 +24,7 @@ from shoal.compressors.dither import QSGD, checked_scale, read_scale
 from shoal.compressors.strata import strata_error, supremum_max, supremum_norm
 from shoal.core import Compressor
 from shoal.errors import ConfigError, PayloadError
-from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, measured_rows
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, largest, measured_rows
 from shoal.slices import Slices, Tally
 from shoal.theory import AB
 
@@ -236,7 +236,7 @@ class Correlated(Compressor):
         r = None
         if self.agrees:
             r = self._agreed(rnd, len(u))
-            if len(u) and float(top.max()) > float(r[0]):
+            if largest(top) > largest(r):
                 raise ConfigError(f"the agreed scale {float(r[0]):g} is smaller than an entry; agree on max |u_ij|.")
         elif self.scale == "full":
             r = kernels.of(u).norms(u)

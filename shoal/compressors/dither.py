@@ -28,6 +28,7 @@ from shoal.messages import (
     checked_rows,
     not_finite,
     shaped_rows,
+    smallest,
     within,
 )
 from shoal.slices import Slices
@@ -53,7 +54,7 @@ def normed_rows(u: Rows, rnd: Round, gain: float = 1.0) -> tuple[Rows, Tensor]:
 def read_scale(payload: Tensor, gain: float = 1.0) -> Tensor:
     """(m,) float32 of the first four bytes. Raises PayloadError unless it is not negative, and gain times it finite."""
     r = as_floats(payload[:, :4])[:, 0]
-    if not (within(r, gain) and (not r.numel() or float(r.min()) >= 0)):
+    if not (within(r, gain) and smallest(r) >= 0):
         raise PayloadError("a scale is not a finite number >= 0.")
     return r
 
@@ -185,7 +186,7 @@ class QSGD(ScaledCodes):
         return 2 * self.levels + 1
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        u, ops = checked_rows(u, rnd), kernels.of(u)
-        r = checked_scale(ops.norms(u), rnd)
+        u, r = normed_rows(u, rnd)
+        ops = kernels.of(u)
         payload = ops.encode_levels(u, r, rnd.draw("QSGD.levels"), rnd.draw("QSGD.ties"), self.points, head=True)
         return Messages.of(payload, rnd, u.shape[1])

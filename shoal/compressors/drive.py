@@ -19,9 +19,9 @@ from torch import Tensor
 from shoal import kernels
 from shoal.compressors.dither import read_scale
 from shoal.compressors.lloyd import POINTS
-from shoal.compressors.rotation import Conditional, checked_norms, padded, rotate, rotate_back
+from shoal.compressors.rotation import Conditional, checked_norms, padded, rotate_back, sign_draws
 from shoal.errors import ConfigError
-from shoal.messages import FLOAT_MAX, Messages, Round, Rows, as_bytes, checked_rows, shaped_rows
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, as_bytes, checked_rows, largest, shaped_rows
 from shoal.theory import AB, independent
 
 SMALLEST = 64  # padded dimension from which on the numerical omega was measured and not exceeded
@@ -60,13 +60,6 @@ class Turned(Conditional):
     def _table(self, bits: int) -> Tensor:
         raise NotImplementedError
 
-    def _gain(self, D: int) -> float:
-        """How much larger than ||u|| the scale and what is sent back can be."""
-        parts = self._parts(D)
-        table, root = self._table(parts[0][1]), math.sqrt(sum(count for count, _ in parts))
-        least = float(table[len(table) // 2])
-        return D / root * max(float(table[-1]) / least, 1.0 / (least * root))
-
     def _checked(self) -> None:
         name = type(self).__name__
         if self.rounds not in (1, 2, 3) or isinstance(self.rounds, bool):
@@ -103,9 +96,24 @@ class Turned(Conditional):
         return 4 + sum((count * bits + 7) // 8 for count, bits in self._parts(padded(d)))
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        u, square = self._checked_squares(u, rnd)
-        ops, D = kernels.of(u), padded(u.shape[1])
-        y = rotate(u, type(self).__name__, rnd.slots, rnd, self.rounds)
+        u = shaped_rows(u, rnd)
+        D = padded(u.shape[1])
+        if self._parts(D) == [(D, 1)]:
+            code, along, square = kernels.of(u).rotate_signs(u, self._draws(rnd.slots, rnd), D)
+            self._checked_squares(u, square, rnd)
+            sent, unit = [code], unit_of(self)
+            along = along if unit == 1.0 else along * unit
+        else:
+            sent, along, square = self._pointed(u, D, rnd)
+        fit = along / D if self._least else square / along
+        scale = torch.where(along > 0, fit, 0.0).float()
+        return Messages.of(torch.cat([as_bytes(scale[:, None]), *sent], 1), rnd, u.shape[1])
+
+    def _pointed(self, u: Rows, D: int, rnd: Round) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The parts' bytes, and for the scale (m,) float64 <y, q> and ||u_i||^2, or what stands for it."""
+        ops, square = kernels.of(u), kernels.of(u).dots(u, u)
+        self._checked_squares(u, square, rnd)
+        y = ops.rotate(u, self._draws(rnd.slots, rnd), D)
         along, sent, at = torch.zeros_like(square), [], 0
         for count, bits in self._parts(D):
             part, table = y if count == D else y[:, at : at + count].contiguous(), self._table(bits)
@@ -120,18 +128,17 @@ class Turned(Conditional):
             at += count
         if at < D:  # of what is kept, D / at times: its mean is the whole
             square = ops.dots(part, part) * (D / at)
-        fit = along / D if self._least else square / torch.where(along > 0, along, 1.0)
-        scale = torch.where(along > 0, fit, 0.0).float()
-        return Messages.of(torch.cat([as_bytes(scale[:, None]), *sent], 1), rnd, u.shape[1])
+        return sent, along, square
 
-    def _checked_squares(self, u: Rows, rnd: Round) -> tuple[Rows, Tensor]:
-        """(u, ||u_i||^2), if all that is made of u stays finite. Raises as `checked_rows` and `checked_norms` do."""
-        u = shaped_rows(u, rnd)
-        gain, square = self._gain(padded(u.shape[1])), kernels.of(u).dots(u, u)
+    def _draws(self, slots: Tensor, rnd: Round) -> list[kernels.Draw]:
+        return sign_draws(type(self).__name__, slots, rnd, self.rounds)
+
+    def _checked_squares(self, u: Rows, square: Tensor, rnd: Round) -> None:
+        """Raise as `checked_rows` and `checked_norms` do, unless all that is made of u stays finite."""
+        gain = gain_of(self, padded(u.shape[1]))
         # One pass instead of three: only what comes near the end of float32 is looked at again.
-        if len(u) and not math.sqrt(float(square.max())) * (gain * (1.0 + 1e-6)) <= FLOAT_MAX:
+        if not math.sqrt(largest(square)) * (gain * (1.0 + 1e-6)) <= FLOAT_MAX:
             checked_norms(checked_rows(u, rnd), rnd, gain)
-        return u, square
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         payload, D = msgs.checked(self.capacity(rnd.cohort, msgs.d)), padded(msgs.d)
@@ -148,6 +155,21 @@ class Turned(Conditional):
         if rows.shape[1] < D:  # what was not sent is zero
             rows = torch.nn.functional.pad(rows, (0, D - rows.shape[1]))
         return rotate_back(rows, msgs.d, type(self).__name__, msgs.slots, rnd, self.rounds)
+
+
+@cache
+def unit_of(turned: Turned) -> float:
+    """The magnitude of the points of one bit."""
+    return float(turned._table(1)[1])
+
+
+@cache
+def gain_of(turned: Turned, D: int) -> float:
+    """How much larger than ||u|| the scale and what is sent back can be."""
+    parts = turned._parts(D)
+    table, root = turned._table(parts[0][1]), math.sqrt(sum(count for count, _ in parts))
+    least = float(table[len(table) // 2])
+    return D / root * max(float(table[-1]) / least, 1.0 / (least * root))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from shoal.compressors.dither import checked_scale, read_scale
 from shoal.compressors.strata import supremum_max, supremum_norm
 from shoal.core import Compressor
 from shoal.errors import ConfigError, PayloadError
-from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, as_bytes, checked_rows
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, as_bytes, largest, measured_rows
 from shoal.slices import Slices
 from shoal.theory import AB
 
@@ -129,15 +129,14 @@ class CorrelatedOffset(Compressor):
 
     def prepare(self, u: Rows, rnd: Round) -> Tensor:
         """(m,) float32: max_j |u_ij|, exact."""
-        u = checked_rows(u, rnd, self._checked_gain(rnd.cohort))
-        return kernels.of(u).maxes(u)
+        return measured_rows(u, rnd, self._checked_gain(rnd.cohort))[1]
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        u, n = checked_rows(u, rnd, self._checked_gain(rnd.cohort)), rnd.cohort
+        (u, top), n = measured_rows(u, rnd, self._checked_gain(rnd.cohort)), rnd.cohort
         ops, d = kernels.of(u), u.shape[1]
         if self.agrees:
             r = self._agreed(rnd, len(u))
-            if len(u) and float(ops.maxes(u).max()) > float(r[0]):
+            if largest(top) > largest(r):
                 raise ConfigError(f"the agreed scale {float(r[0]):g} is smaller than an entry; agree on max |u_ij|.")
         else:
             r = checked_scale(ops.norms(u), rnd, self._gain(n))

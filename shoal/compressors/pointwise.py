@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from shoal import kernels, rng
-from shoal.compressors.dither import ScaledCodes, checked_scale, read_scale
+from shoal.compressors.dither import ScaledCodes, normed_rows, read_scale
 from shoal.core import Compressor, Unbiased
 from shoal.errors import ConfigError, PayloadError
-from shoal.messages import Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats
+from shoal.messages import Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats, measured_rows
 from shoal.slices import Slices
 
 
@@ -148,8 +148,8 @@ class Ternary(Unbiased):
         return 4 + (d + 4) // 5
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        u, ops = checked_rows(u, rnd), kernels.of(u)
-        r, d = ops.maxes(u), u.shape[1]
+        (u, r), ops = measured_rows(u, rnd), kernels.of(u)
+        d = u.shape[1]
         return Messages.of(ops.encode_trits(u, r, rnd.draw("Ternary.levels"), rnd.draw("Ternary.ties")), rnd, d)
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor]:
@@ -257,8 +257,8 @@ class NaturalDithering(ScaledCodes):
         return 2 * self.levels + 1
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        u, ops = checked_rows(u, rnd), kernels.of(u)
-        r = checked_scale(ops.norms(u), rnd)
+        u, r = normed_rows(u, rnd)
+        ops = kernels.of(u)
         payload = ops.encode_natural_levels(u, r, rnd.draw("NaturalDithering.levels"), self.levels)
         return Messages.of(payload, rnd, u.shape[1])
 

@@ -18,7 +18,7 @@ from shoal.compressors.correlated import Correlated
 from shoal.compressors.dither import ScaledCodes
 from shoal.core import Compressor, Unbiased
 from shoal.errors import ConfigError, PayloadError
-from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, checked_rows, not_finite
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, checked_rows, measured_rows, not_finite, within
 from shoal.slices import Slices
 from shoal.theory import AB, independent
 
@@ -40,7 +40,8 @@ def checked_norms(u: Rows, rnd: Round, gain: float) -> Rows:
     return u
 
 
-def _draws(stream: str, slots: Tensor, rnd: Round, rounds: int) -> list[kernels.Draw]:
+def sign_draws(stream: str, slots: Tensor, rnd: Round, rounds: int) -> list[kernels.Draw]:
+    """The draws of a rotation's signs: S_1, S_2, ... of these slots."""
     slots = slots.to(rnd.slots.device)  # rng.SHARED lies on the CPU
     return [rnd.fork(f"{stream}{step}").draw("Rotation.signs", slots) for step in range(rounds)]
 
@@ -50,13 +51,13 @@ def rotate(u: Rows, stream: str, slots: Tensor, rnd: Round, rounds: int = 1) -> 
 
     S_t are random signs, of each slot its own or of rng.SHARED one row for all.
     """
-    return kernels.of(u).rotate(u, _draws(stream, slots, rnd, rounds), padded(u.shape[1]))
+    return kernels.of(u).rotate(u, sign_draws(stream, slots, rnd, rounds), padded(u.shape[1]))
 
 
 def rotate_back(y: Rows, d: int, stream: str, slots: Tensor, rnd: Round, rounds: int = 1) -> Rows:
     """(m, d) float32: the inverse of `rotate`, without the padding. Raises PayloadError if the result overflows."""
-    out = kernels.of(y).rotate_back(y, _draws(stream, slots, rnd, rounds), d)
-    if len(out) and not bool((kernels.of(out).maxes(out) <= FLOAT_MAX).all()):
+    out = kernels.of(y).rotate_back(y, sign_draws(stream, slots, rnd, rounds), d)
+    if not within(kernels.of(out).maxes(out)):
         raise PayloadError("a received vector overflows float32 when it is rotated back.")
     return out
 
@@ -104,8 +105,7 @@ class Grid(ScaledCodes):
         return self.levels
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        u, ops = checked_rows(u, rnd), kernels.of(u)
-        r = ops.maxes(u)
+        (u, r), ops = measured_rows(u, rnd), kernels.of(u)
         payload = ops.encode_levels(u, r, rnd.draw("Grid.levels"), rnd.draw("Grid.ties"), self.levels, head=True)
         return Messages.of(payload, rnd, u.shape[1])
 

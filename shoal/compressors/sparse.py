@@ -16,7 +16,7 @@ from shoal import kernels, rng
 from shoal.compressors.blocks import Listed
 from shoal.core import Compressor, Unbiased
 from shoal.errors import ConfigError, PayloadError
-from shoal.messages import Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats
+from shoal.messages import Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats, largest
 
 
 def checked_k(k: int | float, name: str) -> None:
@@ -37,7 +37,7 @@ def kept(k: int | float, d: int, name: str) -> int:
 
 def uniform_pointer(rows: Tensor, k: int) -> Tensor:
     """(m + 1,) int64, on the device of the m rows: each has k entries."""
-    return torch.arange(len(rows) + 1, device=rows.device) * k
+    return torch.arange(0, (rows.shape[0] + 1) * k, k, device=rows.device)
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,6 @@ class TopK(Compressor):
         d, k = msgs.d, kept(self.k, msgs.d, "TopK")
         payload = msgs.checked(self.capacity(rnd.cohort, d))
         index = kernels.of(payload).unpack(payload[:, 4 * k :].contiguous(), k, (d - 1).bit_length())
-        if len(index) and (int(index[:, -1].max()) >= d or not bool((index.diff() > 0).all())):
+        if largest(index[:, -1]) >= d or (k > 1 and not bool((index.diff() > 0).all())):
             raise PayloadError(f"TopK(k={k}): indices must ascend within 0..{d - 1}.")
         return finite_floats(payload[:, : 4 * k]), index.reshape(-1), uniform_pointer(payload, k)

@@ -24,6 +24,7 @@ import torch
 
 from shoal.core import Meter, Row, State
 from shoal.errors import CheckpointCorrupt, ConfigError, ResumeMismatch
+from shoal.problems.secants import Trail
 from shoal.wire import digest
 
 CHECKPOINT_EVERY = 5.0  # seconds
@@ -141,8 +142,8 @@ class Folder:
         _replace(self.path / "metrics.jsonl", b"")
         self._metrics = (self.path / "metrics.jsonl").open("a")
 
-    def restore(self, fresh: State) -> State | None:
-        """The checkpoint's state in the form of a fresh one; None where there is none."""
+    def restore(self, fresh: State, trail: Trail) -> State | None:
+        """The checkpoint's state in the form of a fresh one, and what its trail held; None where there is none."""
         if self.state is None:
             return None
         meta = json.loads(bytes(self.state["meta"]).decode())
@@ -153,6 +154,8 @@ class Folder:
             return type(like)(*(self._tensor(f"{name}.{f}", v) for f, v in zip(like._fields, like, strict=True)))
 
         parts = {name: fill(name, getattr(fresh, name)) for name in ("server", "workers", "descent")}
+        like = {"x": fresh.x, "seen": trail.arrays()["seen"]}
+        trail.restore(**{name: self._tensor(f"trail.{name}", value) for name, value in like.items()})
         return State(meta["index"], self._tensor("x", fresh.x), **parts, meter=Meter(**meta["meter"]))
 
     def _tensor(self, name: str, like: torch.Tensor) -> torch.Tensor:
@@ -174,7 +177,7 @@ class Folder:
         """Whether the last checkpoint is old enough for another."""
         return time.monotonic() - self._saved > CHECKPOINT_EVERY
 
-    def checkpoint(self, state: State) -> None:
+    def checkpoint(self, state: State, trail: Trail) -> None:
         """All that is needed to go on, beside the rows so far."""
         self._metrics.flush()
         meta = {"index": state.index, "rows": len(self.rows), "digest": self.digest, "meter": asdict(state.meter)}
@@ -182,6 +185,7 @@ class Folder:
         for name in ("server", "workers", "descent"):
             part = getattr(state, name)
             arrays |= {f"{name}.{f}": v.numpy() for f, v in zip(getattr(part, "_fields", ()), part, strict=True)}
+        arrays |= {f"trail.{name}": value.numpy() for name, value in trail.arrays().items()}
         beside = self.path / f".checkpoint.{os.getpid()}.npz"
         with beside.open("wb") as stream:
             np.savez(stream, **arrays)  # type: ignore[arg-type]

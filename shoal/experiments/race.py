@@ -34,12 +34,10 @@ from shoal.experiments.folder import digest, machine, make_folder, versions, wri
 from shoal.experiments.run import Run, fingerprint, load_result, prepare, simulate
 from shoal.experiments.spec import RaceSpec
 from shoal.messages import Round
-from shoal.problems import measured_pm
 from shoal.runtimes.ranks import Ranks
 
 UNPROVED = (-8, 4)  # exponents tried where no theorem gives a step size: multiples of 1/L_-
 TRY = 0.25  # the share of the budget that a try may spend
-TRAJECTORY = 40  # rounds of gradient descent along which L_± is measured
 
 
 class News(NamedTuple):
@@ -211,15 +209,6 @@ def warm_up(problem: Problem, spec: RaceSpec) -> None:
             code.aggregate(sent, agreed)
 
 
-def _trajectory_pm(problem: Problem) -> tuple[float, str]:
-    """L_± measured between the points of a short run of gradient descent: an estimate, beside the bound."""
-    gamma, ids = 1.0 / float(problem.smoothness().minus), torch.arange(problem.n)
-    points = [problem.start()]
-    for _ in range(TRAJECTORY):
-        points.append(points[-1] - gamma * problem.evaluate(points[-1], ids)[1].mean(0))
-    return float(measured_pm(problem, points)), "estimate"
-
-
 def race(
     spec: RaceSpec,
     out: Path,
@@ -240,7 +229,6 @@ def race(
     problem, reasons = check(spec)
     if ranks is not None and not ranks.first:
         warm_up(problem, spec)
-        _trajectory_pm(problem)  # what the first rank needs it for; the others would wait, and not for ever
         _run_along(spec, out, reasons, ranks)
         return out
     stored = json.loads(spec.model_dump_json())
@@ -254,10 +242,8 @@ def race(
         make_folder(out)
     write_json(out / "race.json", {**facts, "status": "running"})
     try:
-        on_step("compiling kernels (kept for the next time) and measuring L_±")
+        on_step("compiling kernels (kept for the next time)")
         warm_up(problem, spec)
-        facts["measured_pm"] = _trajectory_pm(problem)
-        write_json(out / "race.json", {**facts, "status": "running"})
         if ranks is not None:
             _run_along(spec, out, reasons, ranks, on_news, on_job)
         else:

@@ -23,9 +23,10 @@ from shoal.errors import CheckpointCorrupt, ConfigError, NonFiniteError
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import Folder
 from shoal.messages import Round
+from shoal.problems.secants import Seen, Trail
 from shoal.rng import checked_seed
 from shoal.runtimes import Local, checked_policy, chunks, rounds
-from shoal.theory import Setting, StepSize
+from shoal.theory import Setting, Smoothness, StepSize
 
 if TYPE_CHECKING:
     import pyarrow
@@ -51,6 +52,8 @@ class Run:
     faults: list[dict[str, Any]] = field(default_factory=list)  # rounds that were skipped, or held without some clients
     facts: dict[str, Any] = field(default_factory=dict, repr=False)  # problem, seed, budget: what config.json holds
     moved: list[int] = field(default_factory=list)  # bytes that each rank has sent to others; empty in a simulator
+    smoothness: Smoothness | None = field(default=None, repr=False)  # what the problem states
+    seen: Seen = field(default=Seen(), repr=False)  # the largest L_-, L_+ and L_± between recorded points
 
     @property
     def sha256(self) -> str:
@@ -67,9 +70,12 @@ class Run:
         used = {k: (float(v) if isinstance(v, float) else v) for k, v in self.step.constants.items()}
         facts = {"sha256": self.sha256, "rounds": self.rows[-1].round, "stopped": self.stopped, "note": self.note}
         facts |= {"faults": self.faults, "method": self.label, "resolved": compact(self.method), "gamma": self.gamma}
+        stated = {} if self.smoothness is None else self.smoothness.facts()
+        curved = {"smoothness": stated, "seen": {k: (float(v), v.status) for k, v in self.seen.facts().items()}}
         return (
             facts
             | {"theorem": self.step.theorem, "constants": used, "moved_bytes": self.moved}
+            | {name: {k: list(v) for k, v in known.items()} for name, known in curved.items()}
             | {k: v for k, v in self.rows[-1]._asdict().items() if k != "round"}
         )
 
@@ -219,21 +225,26 @@ def execute(
     record: Recorder | None = None,
     on_nonfinite: OnNonFinite = "raise",
     faults: list[dict[str, Any]] | None = None,
+    trail: Trail | None = None,
 ) -> tuple[list[Row], State, Stopped, str]:
-    """Run until the target, the budget or divergence; rows, final state, why it stopped, and a note. Rounds that were
-    skipped, or held without some clients, are appended to `faults`."""
+    """Run until the target, the budget or divergence; rows, final state, why it stopped, and a note.
+
+    Rounds that were skipped, or held without some clients, are appended to `faults`. The trail is told the recorded
+    points.
+    """
+    trail = trail or Trail()
     rows: list[Row] = list(folder.rows) if folder else []
     before, began = rows[-1].seconds if rows else 0.0, time.perf_counter()
     state = None
     if folder is not None and folder.state is not None:
         x = problem.start()
         server, workers = method.init(x, Round.full(0, seed, channel.n, channel.clients))
-        state = folder.restore(State(0, x, server, workers, descent.init(x)))
+        state = folder.restore(State(0, x, server, workers, descent.init(x)), trail)
         if state is not None:
             channel.meter = state.meter
     interrupts, hosts_all = Interrupts(), len(channel.clients) == channel.n
     with interrupts.held():
-        events = rounds(method, descent, problem, channel, seed, state, chunk, on_nonfinite)
+        events = rounds(method, descent, problem, channel, seed, state, chunk, on_nonfinite, trail)
         while True:
             try:
                 event = next(events)
@@ -271,7 +282,7 @@ def execute(
             if last:
                 return rows, state, "rounds" if limit is not None and k >= limit else "bits", ""
             if folder is not None and (folder.due or interrupts.asked is not None) and hosts_all:
-                folder.checkpoint(state)
+                folder.checkpoint(state, trail)
             if interrupts.asked is not None:
                 raise KeyboardInterrupt if interrupts.asked == signal.SIGINT else SystemExit(143)
 
@@ -326,15 +337,15 @@ def simulate(
     config: dict[str, Any] = {"problem": {"name": problem.name, "n": problem.n, "d": problem.d}, "method": label}
     config |= {"seed": seed, **budget, "step": {"rule": rule, "gamma": gamma, "multiple": multiple}, "every": every}
     config["on_nonfinite"] = on_nonfinite
-    channel = channel or Local(problem.n)
+    channel, smoothness, trail = channel or Local(problem.n), problem.smoothness(), Trail()
     if len(channel.clients) < problem.n:
         # To six digits: what machines may differ in is the last bits, and those of gamma decide.
-        constants = {k: f"{v:.6g}" for k, (v, _) in problem.smoothness().facts().items()}
+        constants = {k: f"{v:.6g}" for k, (v, _) in smoothness.facts().items()}
         channel.open(config | {"resolved": compact(ready), "constants": constants})
     if out is not None:
         # Identity is what the problem computes: a repr may hold an address, or leave out the split.
         config["problem"]["start"] = fingerprint(problem, chunk)
-        known = {"smoothness": {k: list(v) for k, v in problem.smoothness().facts().items()}, "title": label}
+        known = {"smoothness": {k: list(v) for k, v in smoothness.facts().items()}, "title": label}
         folder = Folder(Path(out), config, resume, {**known, "described": repr(problem), **(facts or {})})
         if len(channel.clients) < problem.n:
             folder.forget()  # a checkpoint of all clients is not one of this rank's: the run is replayed
@@ -344,13 +355,16 @@ def simulate(
     try:
         rows, state, stopped, note = execute(
             problem, ready, descent, channel, seed=seed, limit=rounds, bits=bits, target=target, every=every,
-            chunk=chunk, folder=folder, record=record, on_nonfinite=on_nonfinite, faults=faults,
+            chunk=chunk, folder=folder, record=record, on_nonfinite=on_nonfinite, faults=faults, trail=trail,
         )  # fmt: skip
     except BaseException:  # whatever cut it, the rows so far are on the disk
         if folder is not None:
             folder.close()
         raise
-    run = Run(label, ready, theory, gamma, rows, state.x, stopped, note, target, faults, config, channel.moved())
+    run = Run(
+        label, ready, theory, gamma, rows, state.x, stopped, note, target, faults, config, channel.moved(), smoothness,
+        trail.seen,
+    )  # fmt: skip
     if folder is not None:
         folder.finish(run.result())
     return run

@@ -30,6 +30,7 @@ from shoal.experiments.spec import RunSpec
 COLUMNS = (  # of the results, after the settings
     "stopped", "last_round", "value", "grad_norm_sq", "up_bits", "down_bits", "up_framed_bits", "down_framed_bits",
     "seconds", "gamma", "theorem", "constants", "resolved", "note", "sha256",
+    *(f"L_{name}{what}" for name in ("minus", "plus", "pm") for what in ("", "_status", "_seen")),
 )  # fmt: skip
 
 
@@ -212,7 +213,16 @@ def _row(folder: Path, key: str, settings: dict[str, Any]) -> dict[str, Any]:
     settings |= {"step": str(settings["step"]), "files": ";".join(settings["files"])}
     found = result or {}
     found |= {"last_round": found.get("rounds"), "constants": json.dumps(found["constants"]) if found else None}
+    found |= _curvature(found)
     return {"key": key, "status": status} | problem | settings | {name: found.get(name) for name in COLUMNS}
+
+
+def _curvature(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of L_-, L_+ and L_±: as stated, the status of that, and the largest seen along the run."""
+    columns: dict[str, Any] = {}
+    for name, (value, status) in result.get("smoothness", {}).items():
+        columns |= {f"L_{name}": value, f"L_{name}_status": status}
+    return columns | {f"L_{name}_seen": value for name, (value, _) in result.get("seen", {}).items()}
 
 
 def write_results(folder: Path, rows: list[dict[str, Any]]) -> None:

@@ -52,7 +52,9 @@ def of(tensor: Tensor) -> ModuleType:
 
     Raises ConfigError on any other device, and on a GPU where Triton is not installed.
     """
+    if tensor.is_cpu:  # the other question costs as much as some calls take
+        return cpu
     kind = tensor.device.type
-    if kind not in ("cpu", "cuda"):
+    if kind != "cuda":
         raise ConfigError(f"a tensor on {tensor.device}: there are kernels for cpu and cuda; move it to one of them.")
-    return cpu if kind == "cpu" else _gpu()
+    return _gpu()

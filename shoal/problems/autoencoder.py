@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from shoal import mnist, splits
+from shoal import data, mnist, splits
 from shoal.core import Problem
 from shoal.errors import ConfigError, DataError
 from shoal.kernels import autoencoder as kernels
@@ -86,16 +86,20 @@ class Autoencoder(Problem):
         lam: float = 0.0,
         seed: int = 0,
     ) -> Autoencoder:
-        """MNIST from a folder, or by the name "mnist" (`shoal.mnist.located`): its first `rows` images, pixels in
-        [0, 1], split by `splits.similar`."""
-        images = mnist.images(mnist.located(folder), "train")
-        if rows is not None and not 1 <= rows <= len(images):
-            raise ConfigError(
-                f"rows={rows!r}: MNIST has {len(images)} training images; take 1 to {len(images)} of them."
-            )
-        images = images[:rows].reshape(-1, 784)
-        parts = splits.similar(len(images), n, similarity, seed)
-        return cls(csr_array(images.astype(np.float32) / np.float32(255)), parts, width, lam, seed)
+        """MNIST from a folder, or by the name "mnist" (`shoal.mnist.located`), or a bundled data set by its name; split
+        by `splits.similar`.
+
+        The first `rows` images, pixels in [0, 1], or the first rows of the data set, labels left out.
+        """
+        if str(folder) in data.BUNDLED:
+            A, what = data.load(str(folder)).A, f"{folder} has {{}} rows"
+        else:
+            images = mnist.images(mnist.located(folder), "train")
+            A, what = csr_array(images.reshape(-1, 784).astype(np.float32) / np.float32(255)), "MNIST has {} images"
+        if rows is not None and not 1 <= rows <= A.shape[0]:
+            raise ConfigError(f"rows={rows!r}: {what.format(A.shape[0])}; take 1 to {A.shape[0]} of them.")
+        A = A[:rows]
+        return cls(A, splits.similar(A.shape[0], n, similarity, seed), width, lam, seed)
 
     def __repr__(self) -> str:
         facts = f"n={self.n}, d={self.d}, width={self.width}, rows={self.total_rows}, lam={self.lam:g}"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shoal.core import Problem
 from shoal.errors import ConfigError
+from shoal.problems.secants import Secant, Seen
 from shoal.theory import Constant, Smoothness, by_smoothness
 
 DENSE = 2000  # the smaller side of a data matrix up to which its Gram matrix is decomposed densely
@@ -180,32 +181,17 @@ def rounded_up(value: float) -> float:
 
 
 def measured_pm(problem: Problem, points: Sequence[Tensor]) -> Constant:
-    """The largest L_± seen between consecutive points: sqrt((mean ||D_i||^2 - ||Dbar||^2) / ||dx||^2), an estimate.
+    """The largest L_± seen between consecutive points (`shoal.problems.secants`): an estimate, and a lower bound.
 
-    D_i = grad f_i(y) - grad f_i(x). A lower bound of the true constant: the most that rounding the gradients to float32
-    can contribute, 2^-24 sqrt(mean (||grad f_i(x)|| + ||grad f_i(y)||)^2), is subtracted, so that clients which agree
-    give 0. Raises ConfigError for fewer than two distinct points.
+    Raises ConfigError for fewer than two distinct points.
     """
-    steps = [(x, y, float((y.double() - x.double()).norm())) for x, y in pairwise(points)]
-    steps = [step for step in steps if step[2] > 0.0]
+    steps = [(x, y) for x, y in pairwise(points) if not torch.equal(x, y)]
     if not steps:
         raise ConfigError(f"measured_pm got {len(points)} points: it needs two that differ, for instance x^0 and x^1.")
-    return Constant(max(_secant_spread(problem, x, y) / length for x, y, length in steps), "estimate")
-
-
-def _secant_spread(problem: Problem, x: Tensor, y: Tensor) -> float:
-    """sqrt(mean ||D_i - Dbar||^2) less its rounding error, clients taken some 4 million coordinates at a time."""
-    origin: Tensor | None = None
-    total = torch.zeros(problem.d, dtype=torch.float64)
-    square = rounding = 0.0
-    for ids in torch.arange(problem.n).split(max(1, 2**22 // problem.d)):
-        before, after = (problem.evaluate(at, ids)[1].double() for at in (x, y))
-        rounding += float((before.norm(dim=1) + after.norm(dim=1)).square().sum())
-        moved = after - before
-        # Relative to the first client's D: a spread does not care, and what is common to all clients cancels exactly.
-        origin = moved[0].clone() if origin is None else origin
-        moved -= origin
-        square += float(moved.square().sum())
-        total += moved.sum(dim=0)
-    variance = max(0.0, square / problem.n - float((total / problem.n).square().sum()))
-    return max(0.0, math.sqrt(variance) - 2.0**-24 * math.sqrt(rounding / problem.n))
+    found = []
+    for x, y in steps:
+        secant = Secant(x, y)
+        for ids in torch.arange(problem.n).split(max(1, 2**22 // problem.d)):  # 4 million coordinates at a time
+            secant.add(problem.evaluate(x, ids)[1], problem.evaluate(y, ids)[1])
+        found.append(secant.seen() or Seen())
+    return Constant(max(seen.pm for seen in found), "estimate")

@@ -330,12 +330,20 @@ def print_leaderboard(race: Race, console: Any = None) -> None:
         traffic.add_row(escape(e.label), e.step, *sizes)
     if entries:
         console.print(traffic)
-    for sentence in verdict(race, entries):
+    for sentence in filter(None, (*verdict(race, entries), curvature(race))):
         console.print(escape(sentence), highlight=False)
     if len(entries) > 1:
         console.print("When to use which:", style="bold")
     for name, text in when_to_use(race) if len(entries) > 1 else ():
         console.print(f"  [bold]{name}[/bold]: {escape(text)}", highlight=False)
+
+
+def curvature(race: Race) -> str:
+    """L_-, L_+ and L_± as stated and as seen along the runs, in a line; what is not known is left out."""
+    symbols = {"minus": "L_-", "plus": "L_+", "pm": "L_±"}
+    stated = [f"{symbols[k]} = {number(v)} ({how})" for k, (v, how) in race.smoothness.items() if k in symbols]
+    seen = [f"{symbols[k]} {number(v)}" for k, v in race.seen.items()]
+    return "; ".join([", ".join(stated)] * bool(stated) + [f"seen along the runs: {', '.join(seen)}"] * bool(seen))
 
 
 def _cells(e: Entry) -> dict[str, str]:

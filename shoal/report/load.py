@@ -93,6 +93,12 @@ class RunRecord:
         found = re.search(r"\bp=([0-9.eE+-]+)", self.resolved or "")
         return _number(found.group(1)) if found else None
 
+    @property
+    def seen(self) -> Mapping[str, float]:
+        """The largest L_-, L_+ and L_± between recorded points, under `Smoothness`'s names: lower bounds."""
+        found = {} if self.result is None else self.result.get("seen") or {}
+        return {str(name): float(value) for name, (value, _) in found.items()}
+
     def crossing(self, target: float | None) -> int | None:
         """The first row with ||grad f||^2 <= target and f <= f(x^0); None where there is none (or no target).
 
@@ -132,7 +138,6 @@ class Race:
     rounds: int | None = None
     bits: float | None = None
     smoothness: Mapping[str, tuple[float, str]] = field(default_factory=dict)
-    measured_pm: tuple[float, str] | None = None
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: str = ""
@@ -144,6 +149,13 @@ class Race:
     def torn(self) -> int:
         """Lines cut off in the middle of writing, over all runs."""
         return sum(run.torn for run in self.runs)
+
+    @cached_property
+    def seen(self) -> Mapping[str, float]:
+        """The largest L_-, L_+ and L_± along any of the runs; a try with too large a step may have been far out."""
+        runs = [run for run in self.runs if not run.trial]
+        names = dict.fromkeys(name for run in runs for name in run.seen)
+        return {name: max(run.seen.get(name, 0.0) for run in runs) for name in names}
 
     @cached_property
     def curves(self) -> tuple[tuple[str, str], ...]:
@@ -184,7 +196,6 @@ def _race(folder: Path) -> Race:
         except (FileNotFoundError, json.JSONDecodeError):
             # The race was cut off between making the folder and writing its settings: there is nothing to show yet.
             skipped += 1
-    measured = facts.get("measured_pm")
     return Race(
         folder=folder,
         title=str(facts.get("title") or "A race"),
@@ -192,7 +203,6 @@ def _race(folder: Path) -> Race:
         steps=_ordered(facts.get("steps", ()), (run.step for run in runs if not run.trial)),
         seeds=tuple(int(seed) for seed in facts.get("seeds", ())),
         runs=tuple(runs),
-        measured_pm=(float(measured[0]), str(measured[1])) if measured else None,
         status=str(facts.get("status", "running")),
         no_theorem={str(label): str(reason) for label, reason in facts.get("no_theorem", {}).items()},
         skipped=skipped,

@@ -222,9 +222,16 @@ def _step_sizes(race: Race, label: str, entries: Sequence[Entry]) -> dict[str, A
         "p": ended[0].p if ended else None,
         "constants": [(k, _show(v)) for k, v in constants.items() if k != "p" and not isinstance(v, str)],
         "words": [(k, v) for k, v in constants.items() if isinstance(v, str) and v],
+        "seen": _seen(ended),
         "chosen": mine["tuned"].multiple if "tuned" in mine else None,
         "tried": [(run.multiple, _outcome(run, race.target), run.seed) for run in race.trials(label)],
     }
+
+
+def _seen(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """(symbol, the largest seen along these runs) of L_-, L_+ and L_±."""
+    names = dict.fromkeys(name for run in runs for name in run.seen)
+    return [(_MEANING[name][0], number(max(run.seen.get(name, 0.0) for run in runs))) for name in names]
 
 
 def _outcome(run: RunRecord, target: float | None) -> str:
@@ -279,15 +286,15 @@ _MEANING = {
 
 
 def _smoothness(race: Race) -> list[tuple[str, str, str, str]]:
-    """(symbol, value, status, meaning) of each constant, the measured L± beside its bound."""
+    """(symbol, value, status, meaning) of each constant, and beside it what the runs have seen of it."""
     rows = []
     for name, (value, status) in race.smoothness.items():
         symbol, meaning = _MEANING.get(name, (name, ""))
         rows.append((symbol, number(value), status, meaning))
-        if name == "pm" and race.measured_pm is not None:
-            measured, how = race.measured_pm
-            share = f"; {100 * measured / value:.2g}% of the {status} above" if value > 0 else ""
-            rows.append((f"{symbol} along the way", number(measured), how, f"largest seen along a trajectory{share}"))
+        if name in race.seen:
+            seen = race.seen[name]
+            share = f"; {100 * seen / value:.2g}% of the {status} above" if value > 0 else ""
+            rows.append((f"{symbol} along the way", number(seen), "estimate", f"largest seen along a run{share}"))
     return rows
 
 

@@ -24,6 +24,7 @@ from shoal import kernels
 from shoal.core import Channel, Compressor, Descent, Event, Method, OnNonFinite, Problem, State
 from shoal.errors import ConfigError, NonFiniteError, QuorumLost
 from shoal.messages import Messages, Round, Rows, Vector
+from shoal.problems.secants import Trail
 
 TEMPORARY = 2**22  # coordinates of a chunk of clients: 16 MiB a float32 temporary
 Hosted = slice | Tensor  # places among the clients hosted here
@@ -38,19 +39,25 @@ def chunks(m: int, d: int, chunk: int | None = None) -> list[slice]:
 
 
 class Watch:
-    """Measures f and grad f, and hands the very rows it computed to the round that follows at the same point."""
+    """Measures f and grad f, and hands the very rows it computed to the round that follows at the same point.
 
-    def __init__(self, problem: Problem, channel: Channel, chunk: int | None) -> None:
-        self.problem, self.channel, self.chunk = problem, channel, chunk
+    The rows at neighboring points are also what the smoothness constants are seen by, where a trail asks for them.
+    """
+
+    def __init__(self, problem: Problem, channel: Channel, chunk: int | None, trail: Trail | None = None) -> None:
+        self.problem, self.channel, self.chunk, self.trail = problem, channel, chunk, trail
         self.parts = chunks(len(channel.clients), problem.d, chunk)
         self._x: Vector | None = None
         self._rows: Rows | None = None
+        self._all: Rows | None = None  # of all clients, where they are hosted by several processes
 
     def evaluate(self, x: Vector) -> tuple[float, float]:
         """(f(x), ||(1/n) sum grad f_i(x)||^2) over all n clients, added in id order in float64."""
-        ids, n, ops = self.channel.clients, self.channel.n, kernels.of(x)
+        ids, n, ops, trail = self.channel.clients, self.channel.n, kernels.of(x), self.trail
         total = torch.zeros(len(x) + 1, dtype=torch.float64)  # the gradient's sum, then the values'
-        keep = self.problem.full_batch and len(ids) * len(x) <= REMEMBERED
+        secant = trail.secant(x) if trail else None
+        asked = trail is not None and trail.due(trail.count + 1)  # by the next point
+        keep = (self.problem.full_batch or asked) and len(ids) * len(x) <= REMEMBERED
         held = []
         for part in self.parts:
             values, rows = self.problem.evaluate(x, ids[part])
@@ -59,14 +66,30 @@ class Watch:
             if len(ids) == n:  # streamed: nothing of size n d is ever held
                 ops.add_rows(rows, total[:-1])
                 ops.add_rows(values[:, None], total[-1:])
+                if secant is not None:
+                    secant.add(self._before(part), rows)
+        self._x, self._rows = None, None
         if keep:
             self._x, self._rows = x, torch.cat([rows for _, rows in held]) if len(held) > 1 else held[0][1]
         if len(ids) < n:
             values, rows = self.channel.collect(torch.cat([v for v, _ in held]), torch.cat([r for _, r in held]))
             ops.add_rows(rows, total[:-1])
             ops.add_rows(values[:, None], total[-1:])
+            if secant is not None:
+                assert self._all is not None  # such a run begins at x^0
+                secant.add(self._all, rows)
+            self._all = rows if asked else None
+        if trail is not None:
+            trail.reach(x, secant)
         total /= n
         return float(total[-1]), ops.square_norm(total[:-1])
+
+    def _before(self, part: slice) -> Rows:
+        """The gradients at the last measured point: remembered, or computed again."""
+        if self._rows is not None:
+            return self._rows[part]
+        assert self.trail is not None
+        return self.problem.evaluate(self.trail.x, self.channel.clients[part])[1]
 
     def grad(self, x: Vector, rnd: Round, batch: int | None = None) -> Rows:
         """The method's view of the gradients: remembered rows where they are the same thing, else computed."""
@@ -74,6 +97,8 @@ class Watch:
             return x.new_zeros(0, len(x))
         if batch is not None:
             return self.problem.grad(x, rnd, batch)
+        if not self.problem.full_batch:
+            return self.problem.grad(x, rnd)
         if self._rows is not None and self._x is not None and torch.equal(x, self._x):
             at = int(torch.searchsorted(self.channel.clients, rnd.clients[:1]))
             if torch.equal(self.channel.clients[at : at + len(rnd.clients)], rnd.clients):
@@ -262,6 +287,7 @@ def rounds(
     state: State | None = None,
     chunk: int | None = None,
     on_nonfinite: OnNonFinite = "raise",
+    trail: Trail | None = None,
 ) -> Iterator[Event]:
     """Yields x^0 (or the resumed state), x^1, ...; the caller stops when it has seen enough.
 
@@ -271,9 +297,11 @@ def rounds(
     "raise": NonFiniteError;  "skip": the round passes and leaves every state as it was (not round 0, on which estimates
     stand, nor more than 100 rounds in a row: NonFiniteError);  "drop": it is held among the others, whose mean it then
     is (QuorumLost if there are none; ConfigError at once where the method cannot spare anybody).
+
+    A trail is told each point that is measured.
     """
     checked_policy(on_nonfinite, method)
-    watch, n = Watch(problem, channel, chunk), channel.n
+    watch, n = Watch(problem, channel, chunk, trail), channel.n
     fault: NonFiniteError | None = None
     skipped = 0
     if state is None:

@@ -1,6 +1,6 @@
 """Published experiments done again: a file a paper, each a set of sweeps and a judgment of what came out."""
 
-from shoal.experiments.reproduce import cq_checks, cq_logistic, cq_quadratics, marina, permk
+from shoal.experiments.reproduce import autoencoder, cq_checks, cq_logistic, cq_quadratics, marina, permk
 from shoal.experiments.reproduce.study import Finding, Outcome, Reproduction, load_findings, reproduce
 
 __all__ = ["REPRODUCTIONS", "Finding", "Outcome", "Reproduction", "load_findings", "reproduce"]
@@ -17,6 +17,7 @@ REPRODUCTIONS = {
         cq_checks.STABILITY,
         cq_logistic.LOGISTIC,
         *permk.QUADRATICS,
+        *autoencoder.AUTOENCODERS,
         marina.CLASSIFICATION,
     )
 }

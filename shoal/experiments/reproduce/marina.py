@@ -30,6 +30,7 @@ from shoal.experiments.reproduce.study import (
 
 PAIRS = {"": ("Marina", "Diana"), "VR-": ("VRMarina", "VRDiana")}
 ROUNDS = 40_000
+FILES = ("a9a", "w8a")
 
 
 def _sizes(quick: bool) -> tuple[int, ...]:
@@ -38,7 +39,7 @@ def _sizes(quick: bool) -> tuple[int, ...]:
 
 def _grids(quick: bool, data: Sequence[Path]) -> list[Grid]:
     found = []
-    for name in ["mushrooms"] if quick else ["mushrooms", "phishing", *chosen(data, ("a9a",))]:
+    for name in [*(("mushrooms",) if quick else ("mushrooms", "phishing")), *chosen(data, FILES)]:
         problem = {"name": name, "clients": 5, "loss": "nonconvex", "lam": 1e-6}
         methods = [f"{method}(RandK({k}))" for k in _sizes(quick) for pair in PAIRS.values() for method in pair]
         over: dict[str, list[Any]] = {"method": methods, "seed": seeds(quick, 3)}
@@ -81,6 +82,6 @@ def _judge(rows: Rows, quick: bool) -> Outcome:
 CLASSIFICATION = Reproduction(
     "marina-classification", "MARINA against DIANA", "Gorbunov et al., 2021, arXiv:2102.07845",
     "The loss (1 - σ(y a'x))² with λ = 10⁻⁶, five clients, RandK with K = 1, 5, 10, theory steps, minibatches of 1%; "
-    "the target is 0.2 of the first squared gradient norm. a9a where its file is given: --data a9a.",
-    _judge, _grids, ("a9a",),
+    "the target is 0.2 of the first squared gradient norm. a9a and w8a where their files are given: --data a9a.",
+    _judge, _grids, FILES,
 )  # fmt: skip

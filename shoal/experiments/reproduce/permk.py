@@ -57,24 +57,25 @@ def _grids(n: int, quick: bool, data: Sequence[Path]) -> list[Grid]:
     return found
 
 
-def tuned(rows: Rows, method: str, noise: float) -> Rows:
+def tuned(rows: Rows, method: str) -> Rows:
     """The runs with the multiple that needs the fewest bits on all seeds together; none where none arrives."""
-    mine = where(rows, method=method, problem__noise=noise)
+    mine = where(rows, method=method)
     tried = [where(mine, multiple=m) for m in sorted({row["multiple"] for row in mine})]
     return min(filter(arrived, tried), key=lambda runs: sum(row["up_bits"] for row in runs), default=[])
+
+
+def cells(theory: Rows, best: Rows) -> tuple[str, str]:
+    """Bits with theory's step, and with the best, which is named."""
+    return bits(theory), f"{bits(best)} at {best[0]['multiple']:g} ×" if best else "none arrives"
 
 
 def _judge(rows: Rows, quick: bool) -> Outcome:
     noises, n, d = sorted({row["problem.noise"] for row in rows}), rows[0]["problem.clients"], rows[0]["problem.dim"]
     names, listing = methods(n, d), []
-    best = {(k, s): tuned(rows, m, s) for k, m in names.items() for s in noises}
+    best = {(k, s): tuned(where(rows, problem__noise=s), m) for k, m in names.items() for s in noises}
     theory = {(k, s): where(rows, method=m, problem__noise=s, multiple=1.0) for k, m in names.items() for s in noises}
     for s in noises:
-        cells = []
-        for name in names:
-            runs = best[name, s]
-            cells += [bits(theory[name, s]), f"{bits(runs)} at {runs[0]['multiple']:g} ×" if runs else "none arrives"]
-        listing.append((f"{s:g}", *cells))
+        listing.append((f"{s:g}", *(cell for name in names for cell in cells(theory[name, s], best[name, s]))))
     small, most = [s for s in noises if s <= 0.05], math.sqrt(n) if d >= n else 1.0 + d / math.sqrt(n)
     headline = {s: ratio(theory["RandK", s], theory["PermK", s]) for s in noises}
     over = {name: {s: ratio(best[name, s], best["PermK", s]) for s in noises} for name in ("RandK", "TopK")}

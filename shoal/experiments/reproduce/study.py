@@ -145,7 +145,8 @@ class Outcome:
 class Reproduction:
     """One experiment. grids(quick, data): what is run, maybe nothing; judge(rows, quick): what is found in its table.
 
-    `data` are the paths of LIBSVM files, of which those in `files` (by the beginning of their names) are used.
+    `data` are the paths of LIBSVM files, of which those in `files` (by the beginning of their names) are used, and of a
+    folder with the data set that it `needs`, where it does (a quick version needs none).
     """
 
     name: str
@@ -155,14 +156,24 @@ class Reproduction:
     judge: Callable[[Rows, bool], Outcome]
     grids: Callable[[bool, Sequence[Path]], list[Grid]] = field(default=lambda quick, data: [])
     files: tuple[str, ...] = ()
+    needs: str = ""
+
+    def can_run(self, quick: bool, data: Sequence[Path]) -> bool:
+        """Whether the folder that it needs is given."""
+        return quick or not self.needs or any(Path(path).is_dir() for path in data)
 
 
 def chosen(data: Sequence[Path], names: Sequence[str]) -> list[str]:
-    """Of the files, those whose names begin with one of the names. Raises ConfigError for a file that is not there."""
+    """Of the files, those whose names begin with one of the names. Raises ConfigError for a path that is not there."""
     for path in data:
-        if not path.is_file():
-            raise ConfigError(f"--data {path}: no such file; give a LIBSVM file.")
-    return [str(path) for path in data if any(path.name.startswith(name) for name in names)]
+        if not path.exists():
+            raise ConfigError(f"--data {path}: no such file or folder; give a LIBSVM file, or the folder of MNIST.")
+    return [str(path) for path in data if path.is_file() and any(path.name.startswith(name) for name in names)]
+
+
+def folder(data: Sequence[Path]) -> str:
+    """The first folder among the paths."""
+    return next(str(path) for path in data if path.is_dir())
 
 
 def reproduce(
@@ -179,9 +190,13 @@ def reproduce(
     Raises ConfigError where a point failed: a judgment over half of the points is none.
     """
     torch.set_num_threads(1)
+    used = chosen(data, what.files)
+    if not what.can_run(quick, data):
+        raise ConfigError(f"{what.name} needs {what.needs}: --data FOLDER, or --quick, which does without.")
+    used += [folder(data)] if what.needs and not quick else []
     grids, rows, failed = what.grids(quick, data), Rows(), 0
     command = f"shoal reproduce {what.name}{' --quick' if quick else ''}"
-    command += "".join(f" --data {Path(path).name}" for path in chosen(data, what.files))
+    command += "".join(f" --data {Path(path).name}" for path in used)
     if grids:
         spec = SweepSpec(title=what.title, grids=tuple(grids))
         there = sweeps.is_sweep(out)
@@ -205,14 +220,33 @@ def page(what: Reproduction, outcome: Outcome, rows: Rows, command: str) -> str:
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     header = ("claim", "known from", "our figure", "verdict", "why")
     found = [(f.claim, f.basis, f.figure, f.verdict, f.why) for f in outcome.findings]
+    tables = (*outcome.listings, *curvature(rows))
     parts = [
         f"# {what.title}", f"{what.paper}. {what.about}", f"`{command}`: {said}. {machine()}; {used}.",
         "Figures over seeds are geometric means with Student's 95% interval in parentheses; bits are uplink payload a "
         "client, counted from encoded bytes; ||grad f||² is that of the mean, measured exactly.",
         _markdown(header, found),
-        *(f"## {table.title}\n\n{_markdown(table.header, table.rows)}" for table in outcome.listings),
+        *(f"## {table.title}\n\n{_markdown(table.header, table.rows)}" for table in tables),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
+
+
+def curvature(rows: Rows) -> tuple[Listing, ...]:
+    """A line a problem: its L_-, L_+ and L_± as stated, and the largest seen between recorded points of its runs."""
+    problems: dict[str, Rows] = {}
+    for row in rows:
+        given = {k.removeprefix("problem."): v for k, v in row.items() if k.startswith("problem.") and v is not None}
+        given = {k: Path(v).name if k in ("name", "data") else v for k, v in given.items()}
+        problems.setdefault(", ".join(f"{k} = {v}" for k, v in given.items()), []).append(row)
+    listing = []
+    for name, runs in problems.items():
+        cells = [name.removeprefix("name = ")]
+        for column in ("L_minus", "L_plus", "L_pm"):
+            seen = max((row[f"{column}_seen"] for row in runs if row["stopped"] != "diverged"), default=math.nan)
+            cells += [f"{runs[0][column]:.4g} ({runs[0][f'{column}_status']})", f"{seen:.4g}"]
+        listing.append(tuple(cells))
+    header = ("problem", *(f"{L}{what}" for L in ("L₋", "L₊", "L±") for what in ("", ", seen")))
+    return (Listing("Smoothness: stated, and the largest seen along the runs", header, tuple(listing)),) * bool(rows)
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -29,5 +29,6 @@ from shoal.kernels.cpu.sparse import gather, mean_sparse, scatter, topk
 from shoal.kernels.cpu.strata import decode_strata, encode_strata, mean_strata
 from shoal.kernels.cpu.sums import add_rows, maxes, mean_rows, norms, square_norm
 from shoal.kernels.cpu.sums_of_codes import fold_codes, unfold_codes
+from shoal.kernels.cpu.turned import rotate_signs
 
 __all__ = reference.__all__

@@ -10,8 +10,20 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.buffers import ready
-from shoal.kernels.cpu.lanes import MOST_STRATA, add_signs_64, bits_256, count_512, signs_64, strata_256
-from shoal.kernels.cpu.philox import TILE, copy, fill_below, fill_halves, key, word
+from shoal.kernels.cpu.lanes import (
+    MOST_COUNTED,
+    MOST_STRATA,
+    PLANES,
+    add_signs_64,
+    bits_256,
+    count_1,
+    count_8,
+    count_512,
+    named_512,
+    signs_64,
+    strata_256,
+)
+from shoal.kernels.cpu.philox import TILE, copy, fill_below, fill_halves, key, shared_key, word
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.draw import Draw
 from shoal.kernels.reference.bits import LIFT, TINY
@@ -128,7 +140,7 @@ def encode_bits(
         out[:, :4] = scales.view(np.uint8).reshape(m, 4)
     given, shared = NO_SHIFTS, NO_DRAW
     if isinstance(shifts, Draw):
-        shared = (np.uint64(shifts.slots[0].item()), *key(shifts))
+        shared = shared_key(shifts)
     elif strata > 1:
         given = np.zeros(d, np.int32) if shifts is None else shifts.numpy().reshape(-1)
     args = (
@@ -194,6 +206,33 @@ def _mean_bits(payload, r, out, cohort, lo, hi):
 
 
 @njit(cache=True, nogil=True)
+def _few_bits(payload, r, cohort, out, lo, hi):
+    """The mean of at most MOST_COUNTED rows with one scale: as many numbers as there are counts, looked up.
+
+    The counts stand in planes, a bit of 512 counts in each, to which rows are added as carries are saved.
+    """
+    m, table = payload.shape[0], np.zeros(32, np.float32)
+    planes, pad, room = np.zeros(8 * PLANES, np.uint64), np.zeros((m, 64), np.uint8), np.empty(512, np.float32)
+    for c in range(m + 1):
+        table[c] = np.float32((r * np.float64(2 * c - m)) / cohort)
+    for at in range(lo, hi, 512):
+        rows, byte, count, planes[:] = payload, at // 8, min(512, hi - at), 0
+        if count < 512:
+            for i in range(m):
+                copy(payload[i, byte : (at + count + 7) // 8], pad[i])
+            rows, byte = pad, 0
+        for i in range(0, m - 7, 8):
+            count_8(rows, i, byte, planes)
+        for i in range(m // 8 * 8, m):
+            count_1(rows, i, byte, planes)
+        if count < 512:
+            named_512(planes, table, room, 0)
+            copy(room[:count], out[at:])
+        else:
+            named_512(planes, table, out, at)
+
+
+@njit(cache=True, nogil=True)
 def _factor(r, m, cohort):
     """r / cohort if (r c) / cohort and c (r / cohort) are one float32 for all sums c = -m, 2 - m, ..., m; else 0."""
     factor = r / cohort
@@ -246,6 +285,9 @@ def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int) -> Tensor:
     # With one scale a sum of ±r is r (2 count - m), exact in float64: counting gives the very bits of adding in order.
     if len(scales) and scales[0] > 0 and (scales == scales[0]).all():
         one = float(scales[0])
+        if len(scales) <= MOST_COUNTED:
+            spread(lambda lo, hi: _few_bits(rows, one, cohort, mean, lo, hi), d, TILE, least)
+            return torch.from_numpy(mean)
         factor = _factor(one, len(scales), cohort)
         spread(lambda lo, hi: _count_bits(rows, one, factor, cohort, mean, lo, hi), d, TILE, least)
     else:

@@ -15,6 +15,7 @@ import numpy as np
 
 LARGE = 1 << 20  # bytes from which on fresh pages matter
 KEPT = 1 << 28  # bytes in all
+LINE = 64  # bytes of a line of the cache
 
 _held: list[np.ndarray] = []
 _choosing = threading.Lock()
@@ -49,13 +50,19 @@ def ready(shape: tuple[int, ...] | int, dtype: type) -> np.ndarray:
 
 
 def _reserved(nbytes: int) -> np.ndarray:
-    """The first `nbytes` of a free array that is not much larger, or of a new one in the place of the oldest."""
+    """That much of a free array that is not much larger, or of a new one in the place of the oldest."""
     for at in range(len(_held)):
-        if nbytes <= _held[at].size <= nbytes + nbytes // 4 and _references(_held, at) == FREE:
+        if nbytes <= _held[at].size - LINE <= nbytes + nbytes // 4 and _references(_held, at) == FREE:
             _held.append(_held.pop(at))
-            return _held[-1][:nbytes]
-    array = np.empty(nbytes, np.uint8)
+            return _aligned(_held[-1], nbytes)
+    array = np.empty(nbytes + LINE, np.uint8)
     _held.append(array)
     while sum(held.size for held in _held) > KEPT:
         _held.pop(0)
-    return array[:nbytes]
+    return _aligned(array, nbytes)
+
+
+def _aligned(array: np.ndarray, nbytes: int) -> np.ndarray:
+    """From the first whole line of the cache on: else every wide register that is stored would touch two lines."""
+    first = -array.__array_interface__["data"][0] % LINE
+    return array[first : first + nbytes]

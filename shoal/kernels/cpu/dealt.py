@@ -13,7 +13,7 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.buffers import ready
-from shoal.kernels.cpu.philox import TILE, fill_words, key, word
+from shoal.kernels.cpu.philox import TILE, fill_words, shared_key, word
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.draw import Draw
 
@@ -46,7 +46,7 @@ def _lengths(out, part, parts, d, slot, index, stream, k0, k1):
 
 def dealt_lengths(draw: Draw, part: Tensor, parts: int, d: int) -> Tensor:
     out = np.empty(len(part), np.int64)
-    _lengths(out, part.numpy(), parts, d, *_key(draw))
+    _lengths(out, part.numpy(), parts, d, *shared_key(draw))
     return torch.from_numpy(out)
 
 
@@ -69,7 +69,7 @@ def _gather(u, out, part, parts, lo, hi, slot, index, stream, k0, k1):
 
 def gather_dealt(u: Tensor, draw: Draw, part: Tensor, parts: int, width: int) -> Tensor:
     out = ready((len(u), width), np.float32)
-    rows, parts_of, drawn = u.numpy(), part.numpy(), _key(draw)
+    rows, parts_of, drawn = u.numpy(), part.numpy(), shared_key(draw)
     _blocks(lambda lo, hi: _gather(rows, out, parts_of, parts, lo, hi, *drawn), u.shape[1], parts)
     return torch.from_numpy(out)
 
@@ -99,7 +99,7 @@ def _scatter(values, out, part, parts, scale, lo, hi, slot, index, stream, k0, k
 
 def scatter_dealt(values: Tensor, draw: Draw, part: Tensor, parts: int, d: int, scale: float) -> Tensor:
     out = ready((len(values), d), np.float32)
-    rows, parts_of, drawn = values.numpy(), part.numpy(), _key(draw)
+    rows, parts_of, drawn = values.numpy(), part.numpy(), shared_key(draw)
     _blocks(lambda lo, hi: _scatter(rows, out, parts_of, parts, float(scale), lo, hi, *drawn), d, parts)
     return torch.from_numpy(out)
 
@@ -132,13 +132,9 @@ def _mean(values, out, part, parts, scale, cohort, lo, hi, slot, index, stream, 
 
 def mean_dealt(values: Tensor, draw: Draw, part: Tensor, parts: int, d: int, scale: float, cohort: int) -> Tensor:
     out = ready(d, np.float32)
-    rows, parts_of, drawn = values.numpy(), part.numpy(), _key(draw)
+    rows, parts_of, drawn = values.numpy(), part.numpy(), shared_key(draw)
     _blocks(lambda lo, hi: _mean(rows, out, parts_of, parts, float(scale), cohort, lo, hi, *drawn), d, parts)
     return torch.from_numpy(out)
-
-
-def _key(draw: Draw) -> tuple[Any, ...]:
-    return (np.uint64(int(draw.slots[0])), *key(draw))
 
 
 def _blocks(work: Any, d: int, parts: int) -> None:

@@ -240,6 +240,35 @@ def strata_256(_, x, at, s, out, byte, counter, draw, shift, first, spot, strata
     return types.boolean(x, types.int64, *drawn, shift, types.int64, types.int32, types.int32), build
 
 
+@intrinsic
+def cells_256(_, x, at, lift, s, reach, code, to, counter, draw):
+    """code[to:to+256] uint16 = (floor(z) + reach + 65535 - h) >> 16: z = x lift s within ±reach, h the halves.
+
+    z and `reach`, a multiple of 2^15 up to 2^30, are in units of 2^-16 of an interval. True if one ties with its half.
+    """
+
+    def build(context, b, signature, args):
+        source = _at(context, b, signature.args[0], args[0], args[1])
+        place = _at(context, b, signature.args[5], args[5], args[6])
+        lift, s, reach = (_splat(b, v, 16) for v in args[2:5])
+        wide, tied = _vector(_I32, 16), None
+        low, base = wide([65535] * 16), b.add(b.fptosi(reach, wide), wide([65535] * 16))
+        for w, pair in enumerate(pair for block in _philox(b, args[7], args[8], 2) for pair in block):
+            halves = _halves(b, pair)
+            for half in range(2):
+                z = b.fmul(b.fmul(_load(b, source, _vector(_F32, 16), 32 * w + 16 * half), lift), s)
+                z = b.select(b.fcmp_ordered("<", z, b.fneg(reach)), b.fneg(reach), z)
+                z = b.select(b.fcmp_ordered(">", z, reach), reach, z)
+                q = b.sub(b.add(b.fptosi(_floor(b, z), wide), base), b.zext(_part(b, halves, 16 * half, 16), wide))
+                same = b.icmp_unsigned("==", b.and_(q, low), low)
+                tied = same if tied is None else b.or_(tied, same)
+                _store(b, b.trunc(b.lshr(q, wide([16] * 16)), _vector(_I16, 16)), place, 32 * w + 16 * half)
+        return b.icmp_unsigned("!=", b.bitcast(tied, _I16), _I16(0))
+
+    single, whole = types.float32, types.int64
+    return types.boolean(x, whole, single, single, single, code, whole, types.uint64, _DRAW), build
+
+
 MOST_STRATA = 1 << 14  # thresholds are at most 2^16 strata in magnitude, and 32 bits hold them
 
 
@@ -288,6 +317,106 @@ def count_512(_, payload, byte, counts):
         return context.get_dummy_value()
 
     return types.void(payload, types.int64, counts), build
+
+
+PLANES = 5  # bits of a count of at most MOST_COUNTED rows: a table of that many numbers fills two registers
+MOST_COUNTED = 31
+
+
+def _full(b, x, y, z):
+    """(sum, carry) of three bits, 512 times."""
+    xy = b.xor(x, y)
+    return b.xor(xy, z), b.or_(b.and_(x, y), b.and_(z, xy))
+
+
+def _half(b, x, y):
+    return b.xor(x, y), b.and_(x, y)
+
+
+def _counted(b, planes, rows):
+    """The planes of the counts with one bit of each of eight rows, or of one row, more."""
+    ones, twos, fours, eights, sixteens = planes
+    if len(rows) == 1:
+        out, carry = [], rows[0]
+        for plane in planes:
+            plane, carry = _half(b, plane, carry)
+            out.append(plane)
+        return out
+    carries, more = [], []
+    for k in range(0, 8, 2):
+        ones, carry = _full(b, ones, rows[k], rows[k + 1])
+        carries.append(carry)
+    for k in range(0, 4, 2):
+        twos, carry = _full(b, twos, carries[k], carries[k + 1])
+        more.append(carry)
+    fours, carry = _full(b, fours, *more)
+    eights, carry = _half(b, eights, carry)
+    return [ones, twos, fours, eights, b.xor(sixteens, carry)]
+
+
+def _counting(payload, planes, count):
+    def build(context, b, signature, args):
+        kind, wide = signature.args[0], _vector(_I64, 8)
+        array = context.make_array(kind)(context, b, args[0])
+        stride = b.extract_value(array.strides, 0)
+        place = _at(context, b, signature.args[3], args[3], _I64(0))
+        starts = [b.add(b.mul(b.add(args[1], _I64(k)), stride), args[2]) for k in range(count)]
+        rows = [_load(b, b.gep(array.data, [start]), wide) for start in starts]
+        counts = _counted(b, [_load(b, place, wide, 8 * w) for w in range(PLANES)], rows)
+        for w, plane in enumerate(counts):
+            _store(b, plane, place, 8 * w)
+        return context.get_dummy_value()
+
+    return types.void(payload, types.int64, types.int64, planes), build
+
+
+@intrinsic
+def count_8(_, payload, row, byte, planes):
+    """planes uint64[PLANES * 8] += the bits of payload[row:row+8, byte:byte+64]: plane w has bit w of 512 counts."""
+    return _counting(payload, planes, 8)
+
+
+@intrinsic
+def count_1(_, payload, row, byte, planes):
+    """The same for one row."""
+    return _counting(payload, planes, 1)
+
+
+@intrinsic
+def named_512(_, planes, table, out, at):
+    """out[at:at+512] float32 = table[count] for the counts in the planes, table float32[32]."""
+
+    def build(context, b, signature, args):
+        first = _at(context, b, signature.args[0], args[0], _I64(0))
+        bits, entries = b.bitcast(first, _I8.as_pointer()), _at(context, b, signature.args[1], args[1], _I64(0))
+        place, narrow = _at(context, b, signature.args[2], args[2], args[3]), _vector(_I8, 64)
+        halves = [_load(b, entries, _vector(_F32, 16), 16 * half) for half in range(2)]
+        for g in range(8):
+            count = narrow([0] * 64)
+            for w in range(PLANES):
+                mask = _load(b, bits, _vector(_I1, 64), 64 * w + 8 * g)
+                count = b.select(mask, b.add(count, narrow([1 << w] * 64)), count)
+            for q in range(4):
+                index = b.zext(_part(b, count, 16 * q, 16), _vector(_I32, 16))
+                _store(b, _looked_up(context, b, entries, halves, index), place, 64 * g + 16 * q)
+        return context.get_dummy_value()
+
+    return types.void(planes, table, out, types.int64), build
+
+
+def _looked_up(context, b, entries, halves, index):
+    """table[index], 32 numbers in two registers; one by one where there is no such instruction."""
+    kind = halves[0].type
+    if "+avx512f" in context.codegen()._tm_features:
+        name = "llvm.x86.avx512.vpermi2var.ps.512"
+        function = b.module.globals.get(name) or ir.Function(
+            b.module, ir.FunctionType(kind, [kind, index.type, kind]), name
+        )
+        return b.call(function, [halves[0], index, halves[1]])
+    out = kind(ir.Undefined)
+    for lane in range(16):
+        out = b.insert_element(out, b.load(b.gep(entries, [b.extract_element(index, _I32(lane))])), _I32(lane))
+    return out
 
 
 # ------------------------------------------------------------------------------------------------ sums

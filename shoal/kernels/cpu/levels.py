@@ -10,25 +10,13 @@ from torch import Tensor
 from shoal.kernels.cpu.bits import NO_SHIFTS, V, cell_scale
 from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.codes import ROOM, SPAN, TRITS, pack_tile, room
-from shoal.kernels.cpu.philox import fill_halves, key, word
+from shoal.kernels.cpu.lanes import cells_256
+from shoal.kernels.cpu.philox import copy, fill_halves, key, word
 from shoal.kernels.cpu.tables import decode_table, mean_table
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.draw import Draw
 
 NARROW = 1 << 15  # (levels - 1) strata below which a coordinate's 16-bit cell and all sums with it fit an int32
-
-
-@njit
-def _cells(x, h, code, lift, s, reach):
-    """code: floor(y + (65535 - h) / 65536) = floor(y) + [h < 16 bits of frac(y)]; how many coordinates tie, about."""
-    ties, base = 0, np.int32(reach) + np.int32(65535)
-    for j in range(x.size):
-        z = (x[j] * lift) * s
-        z = min(max(z, -reach), reach)  # rounding may have carried it an ulp beyond the last point
-        q = np.int32(np.int32(np.floor(z)) + base - h[j])
-        code[j] = np.uint16(q >> 16)
-        ties += (q & 65535) == 65535
-    return ties
 
 
 @njit
@@ -78,26 +66,43 @@ def _settle(x, h, code, lo, shift, spot, lift, s, levels, strata, slot, index, t
             code[j] = np.uint16(min(max(whole + np.int64(up), 0), levels - 1))
 
 
+@njit
+def _cells(x, h, code, lo, lift, s, levels, slot, index, stream, tie, k0, k1, pad):
+    """One stratum: codes from registers, 256 at a time; where one of these ties, all of them are looked at again."""
+    draw, reach = (slot, index, stream, k0, k1), np.float32((levels - 1) * 32768)
+    for j in range(0, x.size, 256):
+        row, at, count = x, j, min(256, x.size - j)
+        if count < 256:
+            copy(x[j:], pad)
+            row, at = pad, 0
+        if cells_256(row, at, lift, s, reach, code, j, np.uint64((lo + j) // 8), draw):
+            fill_halves(h[:256], (lo + j) // 128, slot, index, stream, k0, k1)
+            some = code[j : j + count]
+            _settle(x[j : j + count], h, some, lo + j, NO_SHIFTS, 0, lift, s, levels, 1, slot, index, tie, k0, k1)
+
+
 @njit(cache=True, nogil=True)
 def _encode_levels(u, r, out, start, slots, index, stream, tie, k0, k1, levels, strata, place, shifts, bits, low, high):
     """Tiles low..high-1 of all rows."""
     d = u.shape[1]
     tiles, steps = (d + SPAN - 1) // SPAN, (levels - 1) * strata
     h, code, buffer = np.empty(SPAN, np.int32), np.empty(SPAN, np.uint16), np.empty(ROOM, np.uint8)
+    pad = np.zeros(256, np.float32)
     for t in range(low, high):
         i, lo = t // tiles, t % tiles * SPAN
         count, slot, spot = min(SPAN, d - lo), np.uint64(slots[i]), np.int64(place[i])
         x, shift = u[i, lo : lo + count], shifts[lo : lo + count]
         lift, s = cell_scale(r[i], steps)
-        fill_halves(h[: (count + 127) // 128 * 128], lo // 128, slot, index, stream, k0, k1)
-        if strata == 1:
-            ties = _cells(x, h, code, lift, s, np.float32(steps * 32768))
-        elif steps < NARROW:
-            ties = _strata(x, h, code, shift, np.int32(spot), lift, s, np.float32(steps * 32768), np.int32(strata))
+        if strata == 1 and steps < NARROW:
+            _cells(x, h, code, lo, lift, s, levels, slot, index, stream, tie, k0, k1, pad)
         else:
-            ties = _wide(x, h, code, shift, spot, lift, s, levels, strata)
-        if ties:
-            _settle(x, h, code, lo, shift, spot, lift, s, levels, strata, slot, index, tie, k0, k1)
+            fill_halves(h[: (count + 127) // 128 * 128], lo // 128, slot, index, stream, k0, k1)
+            if steps < NARROW:
+                ties = _strata(x, h, code, shift, np.int32(spot), lift, s, np.float32(steps * 32768), np.int32(strata))
+            else:
+                ties = _wide(x, h, code, shift, spot, lift, s, levels, strata)
+            if ties:
+                _settle(x, h, code, lo, shift, spot, lift, s, levels, strata, slot, index, tie, k0, k1)
         at = start + room(lo, bits)
         pack_tile(code, count, out[i, at : at + room(count, bits)], buffer, bits)
 

@@ -6,6 +6,8 @@ registers (`lanes`); what stands here in scalars is for single coordinates.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from numba import njit
@@ -85,14 +87,20 @@ def word(j, slot, index, stream, k0, k1):
     return w2 if w == 2 else w3
 
 
+@lru_cache(maxsize=64)
+def _seed(seed: int) -> tuple[np.uint64, np.uint64]:
+    return np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
+
+
 def key(draw: Draw) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
     """(round, stream, key low, key high) as the compiled loops take them."""
-    return (
-        np.uint64(draw.round & 0xFFFFFFFF),
-        np.uint64(draw.stream),
-        np.uint64(draw.seed & 0xFFFFFFFF),
-        np.uint64(draw.seed >> 32),
-    )
+    return np.uint64(draw.round & 0xFFFFFFFF), np.uint64(draw.stream), *_seed(draw.seed)
+
+
+def shared_key(draw: Draw) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64, np.uint64]:
+    """(slot, round, stream, key low, key high) of the first slot, in most cases the only one."""
+    slots = draw.slots
+    return np.uint64((slots if slots.numel() == 1 else slots[0]).item()), *key(draw)
 
 
 @njit(cache=True, nogil=True)
@@ -129,10 +137,15 @@ def _below(out, slots, index, stream, k0, k1, n, lo, hi):
             copy(tile[: hi - whole], out[i, whole:])
 
 
-def words(draw: Draw, d: int) -> Tensor:
+def word_rows(draw: Draw, d: int) -> np.ndarray:
+    """`words`, for other kernels."""
     out, slots, keys = ready((len(draw.slots), d), np.uint32), draw.slots.numpy(), key(draw)
     spread(lambda lo, hi: _words(out, slots, *keys, lo, hi), d, TILE)
-    return torch.from_numpy(out)
+    return out
+
+
+def words(draw: Draw, d: int) -> Tensor:
+    return torch.from_numpy(word_rows(draw, d))
 
 
 def halves(draw: Draw, d: int) -> Tensor:
@@ -160,7 +173,7 @@ def _permutation(out, slot, index, stream, k0, k1):
 
 def permutation(draw: Draw, d: int) -> Tensor:
     out = np.empty(d, np.int64)
-    _permutation(out, np.uint64(draw.slots[0].item()), *key(draw))
+    _permutation(out, *shared_key(draw))
     return torch.from_numpy(out)
 
 

@@ -15,7 +15,8 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.buffers import ready
-from shoal.kernels.cpu.philox import words
+from shoal.kernels.cpu.philox import word_rows
+from shoal.kernels.cpu.sums import added_lanes
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.cpu.vectors import add_products, first_256, flip_16, radix_2, radix_4, radix_8, radix_16
 from shoal.kernels.draw import Draw
@@ -48,31 +49,38 @@ def _stages(x, o, size, stride):
         stride *= count
 
 
+@njit(inline="always")
+def block(row, at, own, signed, scale, x, room):
+    """x = the signs, the scale and the stages within it of row[at : at + x.size]; zeros behind the row's end."""
+    d, size = row.size, x.size
+    inner = min(size, INNER)
+    for o in range(0, size, inner):
+        for leaf in range(o, o + inner, LEAF):
+            j = at + leaf
+            w = j // 32 if signed else 0
+            if j + LEAF <= d:
+                first_256(row, j, scale, own, w, x, leaf)
+            else:
+                room[:] = 0
+                for c in range(j, d):
+                    room[c - j] = row[c]
+                first_256(room, 0, scale, own, w, x, leaf)
+        _stages(x, o, inner, LEAF)
+    _stages(x, 0, size, inner)
+
+
 @njit(cache=True, nogil=True)
 def _blocks(u, out, signs, signed, scale, lo, hi):
     """Blocks lo..hi-1 of all rows: signs, scale, and the stages within the block. u may be out."""
-    d, size = u.shape[1], min(out.shape[1], BLOCK)
-    across, inner, room = out.shape[1] // size, min(size, INNER), np.empty(LEAF, np.float32)
+    size = min(out.shape[1], BLOCK)
+    across, room = out.shape[1] // size, np.empty(LEAF, np.float32)
     for q in range(lo, hi):
         i, at = q // across, q % across * size
-        x, row, own = out[i, at : at + size], u[i], signs[i % signs.shape[0]]
-        for o in range(0, size, inner):
-            for leaf in range(o, o + inner, LEAF):
-                j = at + leaf
-                w = j // 32 if signed else 0
-                if j + LEAF <= d:
-                    first_256(row, j, scale, own, w, x, leaf)
-                else:
-                    room[:] = 0
-                    for c in range(j, d):
-                        room[c - j] = row[c]
-                    first_256(room, 0, scale, own, w, x, leaf)
-            _stages(x, o, inner, LEAF)
-        _stages(x, 0, size, inner)
+        block(u[i], at, signs[i % signs.shape[0]], signed, scale, out[i, at : at + size], room)
 
 
 @njit(cache=True, nogil=True)
-def _columns(out, stride, count, lo, hi):
+def columns(out, stride, count, lo, hi):
     """The stages stride, ..., count stride / 2: units lo..hi-1 of COLUMNS columns of all rows."""
     units = out.shape[1] // (count * COLUMNS)
     for q in range(lo, hi):
@@ -83,7 +91,7 @@ def _columns(out, stride, count, lo, hi):
 
 
 @njit(cache=True, nogil=True)
-def _small(u, out, signs, signed, scale):
+def small(u, out, signs, signed, scale):
     """Rows shorter than LEAF."""
     m, size = out.shape
     for i in range(m):
@@ -108,7 +116,7 @@ def _transform(u: np.ndarray, out: np.ndarray, signs: np.ndarray | None) -> None
     (m, size), signed, flips = out.shape, signs is not None, PLAIN if signs is None else signs
     scale = np.float32(size**-0.5)
     if size < LEAF:
-        _small(u, out, flips, signed, scale)
+        small(u, out, flips, signed, scale)
         return
     block = min(size, BLOCK)
     spread(lambda lo, hi: _blocks(u, out, flips, signed, scale, lo, hi), m * (size // block), 1, max(1, LEAST // block))
@@ -116,7 +124,7 @@ def _transform(u: np.ndarray, out: np.ndarray, signs: np.ndarray | None) -> None
     while stride < size:
         count = min(16, size // stride)
         units, least = m * size // (count * COLUMNS), max(1, LEAST // (count * COLUMNS))
-        spread(lambda lo, hi, s=stride, k=count: _columns(out, s, k, lo, hi), units, 1, least)  # type: ignore[misc]
+        spread(lambda lo, hi, s=stride, k=count: columns(out, s, k, lo, hi), units, 1, least)  # type: ignore[misc]
         stride *= count
 
 
@@ -126,14 +134,14 @@ def hadamard(u: Tensor) -> Tensor:
     return torch.from_numpy(out)
 
 
-def _signs(draw: Draw, size: int) -> np.ndarray:
-    return words(draw, -(-size // 32)).numpy()
+def sign_words(draw: Draw, size: int) -> np.ndarray:
+    return word_rows(draw, -(-size // 32))
 
 
 def rotate(u: Tensor, draws: Sequence[Draw], size: int) -> Tensor:
     out, source = ready((len(u), size), np.float32), u.numpy()
     for draw in draws:
-        _transform(source, out, _signs(draw, size))
+        _transform(source, out, sign_words(draw, size))
         source = out
     return torch.from_numpy(out)
 
@@ -154,30 +162,30 @@ def rotate_back(y: Tensor, draws: Sequence[Draw], d: int) -> Tensor:
     for draw in reversed(draws):
         # The signs that follow one transform are those in front of the next.
         _transform(source, turned, signs)
-        source, signs = turned, _signs(draw, size)
+        source, signs = turned, sign_words(draw, size)
     out = turned if d == size else ready((m, d), np.float32)
     spread(lambda lo, hi: _flip(turned, signs, out, lo, hi), d, 16, max(1, LEAST // max(m, 1)))
     return torch.from_numpy(out)
 
 
+@njit(inline="always")
+def piece(a, b, first, lanes):
+    """sum_j a_j b_j over at most SUM_BLOCK coordinates from `first` on."""
+    last = min(a.size, first + SUM_BLOCK)
+    lanes[:] = 0.0
+    for j in range(first, last - 63, 64):
+        add_products(a, j, b, j, lanes)
+    for j in range(last - (last - first) % 64, last):
+        lanes[j % 16] += np.float64(a[j]) * np.float64(b[j])
+    return added_lanes(lanes)
+
+
 @njit(cache=True, nogil=True)
 def _dots(u, v, out, lo, hi):
     """out[q] for pieces lo..hi-1 of all rows."""
-    d, lanes = u.shape[1], np.empty(16)
-    pieces = (d + SUM_BLOCK - 1) // SUM_BLOCK
+    pieces, lanes = (u.shape[1] + SUM_BLOCK - 1) // SUM_BLOCK, np.empty(16)
     for q in range(lo, hi):
-        a, b = u[q // pieces], v[q // pieces]
-        first = q % pieces * SUM_BLOCK
-        last = min(d, first + SUM_BLOCK)
-        lanes[:] = 0.0
-        for j in range(first, last - 63, 64):
-            add_products(a, j, b, j, lanes)
-        for j in range(last - (last - first) % 64, last):
-            lanes[j % 16] += np.float64(a[j]) * np.float64(b[j])
-        total = lanes[0]
-        for lane in range(1, 16):
-            total += lanes[lane]
-        out[q] = total
+        out[q] = piece(u[q // pieces], v[q // pieces], q % pieces * SUM_BLOCK, lanes)
 
 
 @njit(cache=True, nogil=True)

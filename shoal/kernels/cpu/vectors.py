@@ -40,14 +40,22 @@ def _splat(builder: Any, value: Any, kind: Any) -> Any:
     return builder.shuffle_vector(first, none, ir.Constant(ir.VectorType(_I32, 16), [0] * 16))
 
 
-def _within(builder: Any, x: Any) -> Any:
-    """The butterflies with strides 1, 2, 4 and 8 inside one register."""
-    none = ir.Constant(_WIDE, ir.Undefined)
+def _within(context: Any, builder: Any, x: Any) -> Any:
+    """The butterflies with strides 1, 2, 4 and 8 inside one register: x + other in the lower lanes, other - x above.
+
+    ±1 x is exact, so that multiplying and adding at once rounds as adding does, in one step instead of two.
+    """
+    none, fused = ir.Constant(_WIDE, ir.Undefined), "+fma" in context.codegen()._tm_features
     for stride in (1, 2, 4, 8):
         order = ir.Constant(ir.VectorType(_I32, 16), [lane ^ stride for lane in range(16)])
         other = builder.shuffle_vector(x, none, order)
-        upper = ir.Constant(ir.VectorType(ir.IntType(1), 16), [bool(lane & stride) for lane in range(16)])
-        x = builder.select(upper, builder.fsub(other, x), builder.fadd(x, other))
+        if fused:
+            signs = ir.Constant(_WIDE, [-1.0 if lane & stride else 1.0 for lane in range(16)])
+            kind = ir.FunctionType(_WIDE, [_WIDE] * 3)
+            x = builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v16f32"), [x, signs, other])
+        else:
+            upper = ir.Constant(ir.VectorType(ir.IntType(1), 16), [bool(lane & stride) for lane in range(16)])
+            x = builder.select(upper, builder.fsub(other, x), builder.fadd(x, other))
     return x
 
 
@@ -78,7 +86,7 @@ def first_256(typing: Any, u: Any, i: Any, scale: Any, words: Any, w: Any, out: 
             mask.align = 2
             negative = builder.bitcast(mask, ir.VectorType(ir.IntType(1), 16))
             x = builder.fmul(_load(builder, source, r), factor)
-            rows.append(_within(builder, builder.select(negative, builder.fneg(x), x)))
+            rows.append(_within(context, builder, builder.select(negative, builder.fneg(x), x)))
         for r, x in enumerate(_across(builder, rows)):
             _store(builder, x, target, r)
         return context.get_dummy_value()
@@ -107,6 +115,56 @@ def _radix(count: int) -> Any:
 radix_2, radix_4, radix_8, radix_16 = _radix(2), _radix(4), _radix(8), _radix(16)
 
 
+def _wide(builder: Any, x: Any) -> Any:
+    return builder.fpext(x, ir.VectorType(_F64, 16))
+
+
+def _lanes(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    address = _at(context, builder, kind, array, ir.Constant(_I64, 0))
+    return builder.bitcast(address, ir.VectorType(_F64, 16).as_pointer())
+
+
+def _last(count: int) -> Any:
+    @intrinsic
+    def last(typing: Any, x: Any, i: Any, stride: Any, full: Any, code: Any, byte: Any, total: Any) -> Any:
+        """The last butterflies of 16 columns, x[i + k stride : + 16], k < count: nothing is kept but signs and sums.
+
+        Rows from `full` on are zeros, and not read. code[byte + k stride / 8 : + 2] = the bits [y >= 0], and
+        total[16 k + l] += |y_l|, in float64.
+        """
+        signature = types.void(x, types.int64, types.int64, types.int64, code, types.int64, total)
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kinds, zeros = signature.args, ir.Constant(_WIDE, [0.0] * 16)
+            first, target = (_at(context, builder, kinds[a], args[a], args[a + 1]) for a in (0, 4))
+            lanes = _lanes(context, builder, kinds[6], args[6])
+            none = cgutils.alloca_once_value(builder, zeros)
+            rows = []
+            for k in range(count):
+                place = builder.gep(first, [builder.mul(args[2], ir.Constant(_I64, k))])
+                empty = builder.bitcast(none, place.type)
+                place = builder.select(builder.icmp_signed("<", ir.Constant(_I64, k), args[3]), place, empty)
+                rows.append(_load(builder, place))
+            eighth = builder.lshr(args[2], ir.Constant(_I64, 3))
+            for k, y in enumerate(_across(builder, rows)):
+                up = builder.fcmp_ordered(">=", y, zeros)
+                place = builder.gep(target, [builder.mul(eighth, ir.Constant(_I64, k))])
+                builder.store(builder.bitcast(up, _I16), builder.bitcast(place, _I16.as_pointer())).align = 1
+                place = builder.gep(lanes, [ir.Constant(_I64, k)])
+                value = builder.load(place)
+                value.align = 8
+                value = builder.fadd(value, _wide(builder, builder.select(up, y, builder.fneg(y))))
+                builder.store(value, place).align = 8
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return last
+
+
+last_2, last_4, last_8, last_16 = _last(2), _last(4), _last(8), _last(16)
+
+
 @intrinsic
 def flip_16(typing: Any, x: Any, i: Any, words: Any, half: Any, out: Any, o: Any) -> Any:
     """out[o:o+16] = x[i:i+16], negated where the bits of the given half of a word, counted from words[0], are set."""
@@ -125,15 +183,6 @@ def flip_16(typing: Any, x: Any, i: Any, words: Any, half: Any, out: Any, o: Any
         return context.get_dummy_value()
 
     return signature, generate
-
-
-def _wide(builder: Any, x: Any) -> Any:
-    return builder.fpext(x, ir.VectorType(_F64, 16))
-
-
-def _lanes(context: Any, builder: Any, kind: Any, array: Any) -> Any:
-    address = _at(context, builder, kind, array, ir.Constant(_I64, 0))
-    return builder.bitcast(address, ir.VectorType(_F64, 16).as_pointer())
 
 
 @intrinsic

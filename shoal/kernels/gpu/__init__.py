@@ -17,7 +17,7 @@ from shoal.kernels.gpu.levels import decode_levels, decode_trits, encode_levels,
 from shoal.kernels.gpu.lowrank import outer
 from shoal.kernels.gpu.packing import pack, pack_trits, unpack, unpack_trits
 from shoal.kernels.gpu.philox import below, halves, words
-from shoal.kernels.gpu.points import decode_points, encode_points, encode_signs
+from shoal.kernels.gpu.points import decode_points, encode_points, encode_signs, rotate_signs
 from shoal.kernels.gpu.pointwise import (
     decode_natural,
     decode_natural_levels,

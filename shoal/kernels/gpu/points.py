@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.draw import Draw
 from shoal.kernels.gpu.bits import sign_bits
 from shoal.kernels.gpu.launch import TILE, inner, launch, tiles
 from shoal.kernels.gpu.packing import field, store_packed
 from shoal.kernels.gpu.philox import tile_of
+from shoal.kernels.gpu.rotation import rotate
 from shoal.kernels.gpu.sums import dots, sums
 
 
 def encode_signs(y: Tensor) -> tuple[Tensor, Tensor]:
     return sign_bits(y), sums(y, y, absolute=True)
+
+
+def rotate_signs(u: Tensor, draws: Sequence[Draw], size: int) -> tuple[Tensor, Tensor, Tensor]:
+    return *encode_signs(rotate(u, draws, size)), dots(u, u)
 
 
 @triton.jit

@@ -34,6 +34,7 @@ from shoal.kernels.reference.rotation import (
     hadamard,
     rotate,
     rotate_back,
+    rotate_signs,
 )
 from shoal.kernels.reference.sparse import gather, mean_sparse, scatter, topk
 from shoal.kernels.reference.strata import decode_strata, encode_strata, mean_strata
@@ -86,6 +87,7 @@ __all__ = [
     "permutation",
     "rotate",
     "rotate_back",
+    "rotate_signs",
     "scatter",
     "scatter_dealt",
     "sign_bits",

@@ -65,6 +65,11 @@ def encode_signs(y: Tensor) -> tuple[Tensor, Tensor]:
     return sign_bits(y), block_sums(np.abs(y.numpy().astype(np.float64)))
 
 
+def rotate_signs(u: Tensor, draws: Sequence[Draw], size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of y = `rotate`(u): its `encode_signs`, two tensors, and (m,) float64 sum_j u_ij^2 in the blocks' order."""
+    return *encode_signs(rotate(u, draws, size)), dots(u, u)
+
+
 def encode_points(y: Tensor, factor: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """((m, ceil(d b / 8)) uint8, (m,) float64 sum_j y_ij q_ij): q_ij of 2^b points, the one nearest y_ij factor_i.
 
