@@ -78,7 +78,7 @@ class Sharded(Replicated):
         length, first = slices.length(lo, hi), [sum(counts[:rank]) for rank in range(len(counts))]
         stamp = self._stamp(SLICE, up.d, rnd.cohort, rnd)
         sent = [_framed(slices.cut(up, *bound).payload, up.slots, stamp) for bound in bounds]
-        heard = self.peers.swap(sent, [_piece(count, length) for count in counts])
+        heard = self.peers.swap(sent, [_piece(count, length) for count in counts], "slices")
         if hi == lo:
             return NOTHING
         rows = [
@@ -97,7 +97,7 @@ class Sharded(Replicated):
         stamp = self._stamp(MEAN, d, self.peers.world, rnd)
         me = torch.tensor([self.peers.rank])
         mine = frame(body[None], torch.tensor([len(body)]), me, stamp, max(sizes))
-        heard = self.peers.all(mine)
+        heard = self.peers.all(mine, "means of slices")
         parts = []
         for rank, (frames, (lo, hi), size) in enumerate(zip(heard, bounds, sizes, strict=True)):
             said = _unframed(frames[0], stamp, rank, size)
