@@ -148,7 +148,7 @@ class Handle:
             raise self._broken
         if self._skipped is not None:
             error, self._skipped = self._skipped, None
-            if self._scaler is None:
+            if self._scaler is None or not self._scaler.is_enabled():
                 raise error
 
     # -------------------------------------------------------------------------------------------- in the thread

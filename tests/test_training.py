@@ -6,6 +6,7 @@ The world of one is a real gloo group over a file, so everything but a second ra
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import itertools
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,7 +27,7 @@ import shoal.optim
 from shoal.compressors import Correlated, PermK, RandK, TopK
 from shoal.core import DENSE, Method
 from shoal.descents import Step
-from shoal.errors import ConfigError, NonFiniteError, ResumeMismatch
+from shoal.errors import ConfigError, DataError, NonFiniteError, ResumeMismatch
 from shoal.messages import Round
 from shoal.methods import EF21, Diana, VRMarina
 from shoal.problems import Module
@@ -455,6 +457,47 @@ def test_methods_are_those_of_the_library(world):
     assert [make(name, net()).method for name in NAMES] == list(METHODS.values())
     bits = shoal.optim.Marina(net().parameters(), 0.1, "RandK(0.25)").method
     assert bits.p == pytest.approx(0.25, rel=0.01), "the share of the bits"
+
+
+# ------------------------------------------------------------------------------------------------ the example
+@pytest.fixture
+def example(monkeypatch):
+    """examples/train.py as a module."""
+    monkeypatch.syspath_prepend(TESTS.parent / "examples")
+    monkeypatch.setenv("RANK", "0")
+    yield importlib.import_module("train")
+    del sys.modules["train"]
+
+
+def run_example(example, monkeypatch, *options) -> str:
+    """What it says on rank 0."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
+    console = Console(file=io.StringIO(), width=200)
+    example.run(example.parsed(), 0, 1, console)
+    return console.file.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "way"), [("cnn", "ddp"), ("gru", "marina")])
+def test_the_example_trains_and_resumes_to_the_same_bits(world, example, monkeypatch, tmp_path, kind, way):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 400)
+    options = ["--model", kind, "--optimizer", way, "--text", text, "--batch", 4, "--every", 2, "--checkpoint"]
+    said = run_example(example, monkeypatch, *options, tmp_path / "whole", "--steps", 4)
+    assert "4/4" in said
+    assert "times less than float32" in said
+    run_example(example, monkeypatch, *options, tmp_path / "cut", "--steps", 2)
+    run_example(example, monkeypatch, *options, tmp_path / "cut", "--steps", 4, "--resume")
+    whole, cut = (example.saved(tmp_path / name, 0, 1) for name in ("whole", "cut"))
+    assert whole["step"] == cut["step"] == 4
+    assert all(torch.equal(whole["model"][k], v) for k, v in cut["model"].items())
+
+
+def test_the_example_says_what_is_wrong(world, example, monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match="holds no step that all 1 ranks have saved"):
+        run_example(example, monkeypatch, "--checkpoint", tmp_path, "--resume")
+    with pytest.raises(DataError, match=r"--text .*nowhere"):
+        run_example(example, monkeypatch, "--model", "gru", "--text", tmp_path / "nowhere")
 
 
 # ------------------------------------------------------------------------------------------------ two ranks

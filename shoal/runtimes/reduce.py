@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -74,19 +74,19 @@ class Timed(Peers):
 
     seconds = 0.0
 
-    def all(self, mine: Tensor) -> list[Tensor]:
+    def all(self, mine: Tensor, *more: Any) -> list[Tensor]:
         """As `Peers.all`."""
         began = time.perf_counter()
         try:
-            return super().all(mine)
+            return super().all(mine, *more)
         finally:
             self.seconds += time.perf_counter() - began
 
-    def swap(self, mine: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    def swap(self, mine: Sequence[Tensor], sizes: Sequence[int], *more: Any) -> list[Tensor]:
         """As `Peers.swap`."""
         began = time.perf_counter()
         try:
-            return super().swap(mine, sizes)
+            return super().swap(mine, sizes, *more)
         finally:
             self.seconds += time.perf_counter() - began
 
