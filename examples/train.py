@@ -33,11 +33,11 @@ from shoal import mnist
 from shoal.data import OPENERS
 from shoal.errors import ConfigError, DataError, ShoalError
 
-USUAL = {  # compressor and step size where none are given; the step sizes are tuned by hand
-    "ddp": ("Correlated()", 0.05),
-    "marina": ("Correlated(levels=16)", 0.05),
-    "diana": ("QSGD(7)", 0.05),
-    "ef21": ("TopK(0.05)", 0.05),
+USUAL = {  # compressor and step sizes of the two models where none are given; the step sizes are tuned by hand
+    "ddp": ("Correlated()", {"cnn": 0.05, "gru": 0.2}),
+    "marina": ("Correlated(levels=16)", {"cnn": 0.05, "gru": 1.0}),
+    "diana": ("QSGD(7)", {"cnn": 0.05, "gru": 1.0}),
+    "ef21": ("TopK(0.05)", {"cnn": 0.05, "gru": 1.0}),
 }
 LENGTH = 32  # characters that the GRU sees
 Samples = tuple[Tensor, Tensor]
@@ -172,9 +172,9 @@ def saved(folder: Path, rank: int, world: int) -> Any:
 class Trainer:
     """A model with one of the four ways to train it; `parts` are what a checkpoint holds."""
 
-    def __init__(self, model: nn.Module, way: str, compressor: str | None, lr: float | None, seed: int) -> None:
-        code, usual = USUAL[way]
-        code, lr = compressor or code, usual if lr is None else lr
+    def __init__(self, model: nn.Module, args: argparse.Namespace) -> None:
+        way, seed, (code, usual) = args.optimizer, args.seed, USUAL[args.optimizer]
+        code, lr = args.compressor or code, usual[args.model] if args.lr is None else args.lr
         self.model, self.handle, self.forward = model, None, model
         self.label = f"{way} with {code}, lr {lr:g}"
         if way == "ddp":
@@ -235,7 +235,7 @@ def run(args: argparse.Namespace, rank: int, world: int, console: Console) -> No
         model = Characters(symbols)
     mine = tuple(part[rank::world] for part in train)
     writer = board(args.tensorboard) if args.tensorboard and rank == 0 else None
-    trainer = Trainer(model, args.optimizer, args.compressor, args.lr, args.seed)
+    trainer = Trainer(model, args)
     first = trainer.load(saved(args.checkpoint, rank, world)) if args.resume else 0
     d = sum(p.numel() for p in model.parameters())
     say(f"{args.model}, {d} parameters, {world} ranks with {len(mine[0])} samples each; {trainer.label}")

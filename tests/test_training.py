@@ -202,6 +202,49 @@ def test_a_state_goes_on_to_the_same_bits_and_another_is_refused(world):
             handle.load_state_dict(other)
 
 
+WRAPPED = [{"gradient_as_bucket_view": True}, {"find_unused_parameters": True}, {"static_graph": True}]
+
+
+@pytest.mark.parametrize("options", WRAPPED, ids=lambda o: next(iter(o)))
+def test_however_the_module_is_wrapped(world, options):
+    """Options of DDP change when hooks are called and where gradients lie, not what they are."""
+    found = []
+    for kept in ({}, options):
+        ddp = DistributedDataParallel(net(), **kept)
+        with shoal.ddp.attach(ddp, "TopK(0.1)", min_numel=100) as handle:
+            found.append(train(ddp, handle, range(4)))
+            assert handle.stats().steps == 4
+    assert torch.equal(*found)
+
+
+def test_parameters_without_a_gradient_and_frozen_ones(world):
+    """An unused layer's gradient stays absent; a frozen one has neither message nor memory."""
+    model = net()
+    model.add_module("spare", nn.Identity())
+    model.spare.weight = nn.Parameter(torch.ones(200))
+    model[0].weight.requires_grad_(False)
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    with shoal.ddp.attach(ddp, "TopK(0.1)", min_numel=100) as handle:
+        for step in range(2):
+            ddp.zero_grad()
+            loss_of(ddp, step).backward()
+        assert [k for k in handle.state_dict() if k.startswith("memory")] == [
+            "memory.rank0.2.weight",
+            "memory.rank0.spare.weight",
+        ]
+    assert model.spare.weight.grad is None
+    assert model[0].weight.grad is None
+
+
+def test_a_group_of_the_callers_is_used_and_left(world):
+    group = dist.new_group([0], backend="gloo")
+    ddp = DistributedDataParallel(net())
+    with shoal.ddp.attach(ddp, "TopK(0.1)", process_group=group) as handle:
+        assert handle._link.group is group
+        loss_of(ddp, 0).backward()
+    dist.barrier(group=group)
+
+
 def test_closed_means_that_ddp_averages_itself(world):
     ddp = DistributedDataParallel(net())
     handle = shoal.ddp.attach(ddp, "TopK(0.1)", min_numel=1)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal.core import Channel, Compressor
-from shoal.errors import ConfigError, ConfigMismatch, NonFiniteError
+from shoal.errors import ConfigError, ConfigMismatch, NonFiniteError, ShoalError
 from shoal.messages import Messages, Round, Vector
 from shoal.runtimes.peers import Peers
 from shoal.runtimes.replicated import Replicated
@@ -241,7 +241,7 @@ class Link:
     def close(self, wait: bool = True) -> None:
         """Destroy the own group, once all ranks have come here (wait=False: at once)."""
         if self._own and dist.is_initialized():
-            with suppress(RuntimeError, ValueError):  # a lost rank, or a group that was destroyed with all others
+            with suppress(ShoalError, RuntimeError, ValueError):  # a lost rank, or all groups were destroyed before
                 if wait:
                     self.peers.barrier()
             with suppress(RuntimeError, ValueError):
