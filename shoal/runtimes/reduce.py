@@ -31,7 +31,7 @@ from shoal.runtimes.peers import Peers
 from shoal.runtimes.replicated import Replicated
 
 GradBucket = dist.GradBucket  # what a hook of DDP must be annotated with
-CHANNELS = {"replicated": Replicated}
+CHANNELS: dict[str, type[Replicated]] = {"replicated": Replicated}
 CHANNELS["auto"] = CHANNELS["replicated"]
 FACTS, DIGEST = 16, 8  # the handshake: so many settings at most, so many bytes of the SHA-256 of each
 
