@@ -180,7 +180,7 @@ class Link:
                 'backend="gloo"), and pass it as process_group.'
             )
         self._own = over is None
-        self.group = over or dist.new_group(ranks, timedelta(seconds=timeout), backend="gloo")
+        self.group: dist.ProcessGroup | None = over or dist.new_group(ranks, timedelta(seconds=timeout), backend="gloo")
         self.kind, self.peers, self.closed = kind, Timed(self.group), False
         self.rank, self.world = self.peers.rank, self.peers.world
         self.channel: Channel | None = None
@@ -247,3 +247,4 @@ class Link:
             with suppress(RuntimeError, ValueError):
                 dist.destroy_process_group(self.group)
         self._own, self.closed = False, True
+        self.group = self.peers.group = None  # gloo's threads abort the process if a group lives on until its end
