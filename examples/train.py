@@ -1,0 +1,322 @@
+"""Train a small network on several ranks with compressed messages: an optimizer of shoal's, or DDP with its hook.
+
+    torchrun --standalone --nproc-per-node 4 examples/train.py --model cnn --optimizer ddp --compressor "Correlated()"
+    torchrun --standalone --nproc-per-node 4 examples/train.py --model gru --optimizer marina --text input.txt
+
+--model cnn: digits, from a folder of MNIST's IDX files (--data), or else made up. --model gru: the next character of a
+text (--text), or else of one that is made up. Every rank holds its own share of the data. With --checkpoint DIR the run
+is saved as it goes, each rank its own file, and --resume goes on from the last step that all ranks have saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+import shoal.ddp
+import shoal.optim
+from shoal import mnist
+from shoal.data import OPENERS
+from shoal.errors import ConfigError, DataError, ShoalError
+
+USUAL = {  # compressor and step sizes of the two models where none are given; the step sizes are tuned by hand
+    "ddp": ("Correlated()", {"cnn": 0.05, "gru": 0.2}),
+    "marina": ("Correlated(levels=16)", {"cnn": 0.05, "gru": 1.0}),
+    "diana": ("QSGD(7)", {"cnn": 0.2, "gru": 1.0}),
+    "ef21": ("TopK(0.05)", {"cnn": 0.2, "gru": 1.0}),
+}
+LENGTH = 32  # characters that the GRU sees
+Samples = tuple[Tensor, Tensor]
+
+
+class Convolutions(nn.Sequential):
+    """Two convolutions and two linear layers: 80202 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 5), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 10),
+        )  # fmt: skip
+
+
+class Characters(nn.Module):
+    """A GRU that gives the logits of each next character."""
+
+    def __init__(self, symbols: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(symbols, 32)
+        self.gru = nn.GRU(32, 128, batch_first=True)
+        self.head = nn.Linear(128, symbols)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """(N, symbols, length) of (N, length)."""
+        return self.head(self.gru(self.embedding(text))[0]).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------------------ data
+def digits(folder: Path | None, made: np.random.Generator, say: Any) -> tuple[Samples, Samples]:
+    """(training samples, test samples)."""
+    if folder is None:
+        say("no --data: the digits are made up, ten fixed patterns in noise")
+        patterns, labels = made.random((10, 28, 28)), made.integers(10, size=6000)
+        pixels = 0.35 * patterns[labels] + 0.65 * made.random((6000, 28, 28))
+        cut = 5000
+    else:
+        parts = []
+        for part in ("train", "t10k"):
+            try:
+                parts.append((mnist.images(folder, part), mnist.labels(folder, part)))
+            except DataError:
+                if part == "t10k":
+                    raise
+                say(f"{folder} has no training images: four fifths of the test images are trained on")
+        pixels = np.concatenate([images for images, _ in parts]) / 255.0
+        labels = np.concatenate([values for _, values in parts])
+        cut = len(parts[0][0]) if len(parts) == 2 else len(pixels) * 4 // 5
+    images, classes = torch.tensor(pixels[:, None], dtype=torch.float32), torch.tensor(labels, dtype=torch.int64)
+    return (images[:cut], classes[:cut]), (images[cut:], classes[cut:])
+
+
+def characters(file: Path | None, made: np.random.Generator, say: Any) -> tuple[Samples, Samples, int]:
+    """(training samples, test samples, number of symbols): windows of the text and the same one character on."""
+    if file is None:
+        say("no --text: it is made up, words of a small vocabulary at random")
+        words = ["".join(made.choice(list("abcdefgh"), size=made.integers(2, 7))) for _ in range(40)]
+        text = " ".join(made.choice(words, size=20000))
+    else:
+        try:
+            with OPENERS.get(file.suffix, open)(file, "rb") as stream:
+                text = stream.read().decode("utf-8")
+        except (OSError, UnicodeDecodeError, EOFError) as error:
+            raise DataError(
+                f"--text {file}: {error}. It is a text in UTF-8, perhaps packed (.xz, .gz, .bz2)."
+            ) from None
+    if len(text) < 100 * LENGTH:
+        raise DataError(f"--text {file}: {len(text)} characters; at least {100 * LENGTH} are needed.")
+    known = sorted(set(text))
+    codes = torch.tensor([known.index(c) for c in text[:1_000_000]])
+    windows = codes[: (len(codes) - 1) // LENGTH * LENGTH].view(-1, LENGTH)
+    targets = codes[1 : windows.numel() + 1].view(-1, LENGTH)
+    cut = len(windows) * 9 // 10
+    return (windows[:cut], targets[:cut]), (windows[cut:], targets[cut:]), len(known)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, samples: Samples) -> float:
+    """The share of right predictions."""
+    right = [model(x).argmax(1) == y for x, y in zip(samples[0].split(500), samples[1].split(500), strict=True)]
+    return float(torch.cat(right).float().mean())
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+def pack(value: Any, arrays: dict[str, np.ndarray]) -> Any:
+    """The value as JSON; its tensors go to `arrays`. A dict becomes pairs, since JSON's keys are strings only."""
+    if isinstance(value, Tensor):
+        name = f"t{len(arrays)}"
+        arrays[name] = value.detach().cpu().numpy()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, pack(held, arrays)] for key, held in value.items()]}
+    return {"list": [pack(held, arrays) for held in value]} if isinstance(value, list | tuple) else {"value": value}
+
+
+def unpack(packed: Any, arrays: Any) -> Any:
+    """What was packed."""
+    ((kind, held),) = packed.items()
+    if kind == "tensor":
+        return torch.from_numpy(arrays[held].copy())
+    if kind == "dict":
+        return {key: unpack(inner, arrays) for key, inner in held}
+    return [unpack(inner, arrays) for inner in held] if kind == "list" else held
+
+
+def save(folder: Path, step: int, rank: int, state: Any) -> None:
+    """This rank's file of the step, whole or not at all; the one before the last goes."""
+    arrays: dict[str, np.ndarray] = {}
+    text = json.dumps(pack(state, arrays))
+    beside, final = folder / f".rank{rank}", folder / f"step{step:08d}.rank{rank}.npz"
+    with beside.open("wb") as stream:
+        np.savez(stream, meta=np.frombuffer(text.encode(), np.uint8), **arrays)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(beside, final)
+    for old in sorted(folder.glob(f"step*.rank{rank}.npz"))[:-2]:
+        old.unlink()
+
+
+def saved(folder: Path, rank: int, world: int) -> Any:
+    """This rank's state of the last step that all ranks have saved."""
+    steps = {file.name.split(".")[0] for file in folder.glob("step*.rank0.npz")}
+    whole = sorted(s for s in steps if all((folder / f"{s}.rank{r}.npz").exists() for r in range(world)))
+    if not whole:
+        raise ConfigError(f"--resume: {folder} holds no step that all {world} ranks have saved.")
+    with np.load(folder / f"{whole[-1]}.rank{rank}.npz", allow_pickle=False) as arrays:
+        return unpack(json.loads(bytes(arrays["meta"]).decode()), arrays)
+
+
+# ------------------------------------------------------------------------------------------------ training
+class Trainer:
+    """A model with one of the four ways to train it; `parts` are what a checkpoint holds."""
+
+    def __init__(self, model: nn.Module, args: argparse.Namespace) -> None:
+        way, seed, (code, usual) = args.optimizer, args.seed, USUAL[args.optimizer]
+        code, lr = args.compressor or code, usual[args.model] if args.lr is None else args.lr
+        self.model, self.handle, self.forward = model, None, model
+        self.label = f"{way} with {code}, lr {lr:g}"
+        if way == "ddp":
+            self.forward = DistributedDataParallel(model)
+            self.handle = shoal.ddp.attach(self.forward, code, start=5, seed=seed)
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+        else:
+            kind = {"marina": shoal.optim.Marina, "diana": shoal.optim.Diana, "ef21": shoal.optim.EF21}[way]
+            self.optimizer = kind(model.parameters(), lr, code, seed=seed)
+
+    def batch(self, usual: int) -> int:
+        """MARINA's steps with gradients instead of differences take eight times as many samples."""
+        return usual * 8 if getattr(self.optimizer, "full", False) else usual
+
+    def step(self, inputs: Tensor, targets: Tensor) -> float:
+        """The loss of this rank's batch before the step."""
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            loss = cross_entropy(self.forward(inputs), targets)
+            loss.backward()
+            return loss.detach()
+
+        return float(self.optimizer.step(closure))
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Of this rank."""
+        state = {"step": step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return state if self.handle is None else state | {"ddp": self.handle.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> int:
+        """Take up that state; its step."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.handle is not None:
+            self.handle.load_state_dict(state["ddp"])
+        return state["step"]
+
+    def stats(self) -> Any:
+        """What this rank has sent."""
+        return (self.handle or self.optimizer).stats()
+
+    def close(self) -> None:
+        """Before the process group is destroyed."""
+        (self.handle or self.optimizer).close()
+
+
+def run(args: argparse.Namespace, rank: int, world: int, console: Console) -> None:
+    """Train, and say on rank 0 how it went."""
+    say = console.print if rank == 0 else lambda text: None
+    made = np.random.default_rng(args.seed)
+    torch.manual_seed(args.seed)
+    if args.model == "cnn":
+        train, test = digits(args.data, made, say)
+        model: nn.Module = Convolutions()
+    else:
+        train, test, symbols = characters(args.text, made, say)
+        model = Characters(symbols)
+    mine = tuple(part[rank::world] for part in train)
+    writer = board(args.tensorboard) if args.tensorboard and rank == 0 else None
+    trainer = Trainer(model, args)
+    first = trainer.load(saved(args.checkpoint, rank, world)) if args.resume else 0
+    d = sum(p.numel() for p in model.parameters())
+    say(f"{args.model}, {d} parameters, {world} ranks with {len(mine[0])} samples each; {trainer.label}")
+    if args.checkpoint:
+        args.checkpoint.mkdir(parents=True, exist_ok=True)
+    columns = (TextColumn("loss {task.fields[loss]:.3f}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    began, loss = time.perf_counter(), float("nan")
+    with Progress(*columns, console=console, disable=rank != 0) as progress:
+        task = progress.add_task("", total=args.steps, completed=first, loss=loss)
+        for step in range(first, args.steps):
+            drawn = np.random.default_rng([args.seed, step, rank])  # a function of the step: a resumed run draws alike
+            chosen = torch.from_numpy(drawn.integers(len(mine[0]), size=trainer.batch(args.batch)))
+            loss = trainer.step(mine[0][chosen], mine[1][chosen])
+            progress.update(task, completed=step + 1, loss=loss)
+            if writer is not None:
+                writer.add_scalar("loss", loss, step)
+                writer.add_scalar("bytes", trainer.stats().up, step)
+            if args.checkpoint and ((step + 1) % args.every == 0 or step + 1 == args.steps):
+                save(args.checkpoint, step + 1, rank, trainer.state(step + 1))
+    seconds, sent = time.perf_counter() - began, trainer.stats()
+    if rank == 0:
+        say(f"loss {loss:.4f}, accuracy {accuracy(model, test):.2%} of {test[1].numel()}, {seconds:.1f} s")
+        say(f"a rank sent {sent.up / 1e6:.3f} MB in {sent.steps} steps, {sent.dense / max(sent.up, 1):.1f} times less "
+            f"than float32; encoding {sent.encode_seconds:.2f} s, wire {sent.wire_seconds:.2f} s, decoding "
+            f"{sent.decode_seconds:.2f} s")  # fmt: skip
+    if writer is not None:
+        writer.close()
+    trainer.close()
+
+
+def board(folder: Path) -> Any:
+    """TensorBoard's writer, if it is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError("--tensorboard needs the package tensorboard: pip install tensorboard.") from None
+    return SummaryWriter(folder)
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("cnn", "gru"), default="cnn")
+    parser.add_argument("--optimizer", choices=tuple(USUAL), default="ddp")
+    parser.add_argument("--compressor", help="such as 'Correlated()'; `shoal list` has all")
+    parser.add_argument("--data", type=Path, help="folder of MNIST's IDX files")
+    parser.add_argument("--text", type=Path, help="a text file")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=32, help="samples a rank")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", type=Path, help="folder to save in")
+    parser.add_argument("--every", type=int, default=50, help="steps between two checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from --checkpoint")
+    parser.add_argument("--tensorboard", type=Path, help="folder of its logs")
+    args = parser.parse_args()
+    if min(args.steps, args.batch, args.every) < 1:
+        parser.error("--steps, --batch and --every are at least 1.")
+    if args.resume and args.checkpoint is None:
+        parser.error("--resume needs --checkpoint DIR.")
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun: torchrun --standalone --nproc-per-node 4 examples/train.py ...")
+    return args
+
+
+def main() -> int:
+    """Exit status: 0, or 2 after one line about what was wrong."""
+    args, console = parsed(), Console(stderr=True)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    try:
+        run(args, rank, dist.get_world_size(), console)
+    except ShoalError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""One vector a rank, averaged over the ranks of a group: what `shoal.ddp` and `shoal.optim` stand on.
+
+    u (d,) -> [prepare] -> agree -> encode -> mean (d,)
+
+Each rank is one client. The agreement carries a flag too, so that a vector that is not finite on one rank is an error
+of all of them, in the same step and before any state moves; it is one number, and made also for codes that need none.
+
+The bytes travel over a gloo group of its own, whatever group the caller computes with: its collectives are then in no
+one else's order, may be called from a thread, and take messages from the host's memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shoal.core import Channel, Compressor
+from shoal.errors import ConfigError, ConfigMismatch, NonFiniteError, ShoalError
+from shoal.messages import Messages, Round, Vector
+from shoal.runtimes.peers import Peers
+from shoal.runtimes.replicated import Replicated
+
+GradBucket = dist.GradBucket  # what a hook of DDP must be annotated with
+CHANNELS: dict[str, type[Replicated]] = {"replicated": Replicated}
+CHANNELS["auto"] = CHANNELS["replicated"]
+FACTS, DIGEST = 16, 8  # the handshake: so many settings at most, so many bytes of the SHA-256 of each
+
+
+class Reduced(NamedTuple):
+    """What a rank knows after the exchange."""
+
+    mean: Vector
+    sent: Messages  # its own message, one row
+    rnd: Round  # with what was agreed: what `sent` is decoded with
+    encoding: float  # seconds
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one rank has sent and spent so far. Bytes: payloads, the same in frames, and what it really moved.
+
+    `up` and the like are the mean over the ranks; `down` is what agreements cost, since every rank makes the mean
+    itself. `dense` is what `up` would be in float32. Seconds: `wire` waits for the slowest rank, too.
+    """
+
+    steps: int
+    dense: int
+    up: float
+    down: float
+    up_framed: float
+    down_framed: float
+    moved: int
+    encode_seconds: float
+    wire_seconds: float
+    decode_seconds: float
+
+    def per_step(self) -> dict[str, float]:
+        """All of it divided by the number of steps (zero before the first)."""
+        return {k: v / max(1, self.steps) for k, v in vars(self).items() if k != "steps"}
+
+
+class Timed(Peers):
+    """Peers that say how long was spent in collectives."""
+
+    seconds = 0.0
+
+    def all(self, mine: Tensor, *more: Any) -> list[Tensor]:
+        """As `Peers.all`."""
+        began = time.perf_counter()
+        try:
+            return super().all(mine, *more)
+        finally:
+            self.seconds += time.perf_counter() - began
+
+    def swap(self, mine: Sequence[Tensor], sizes: Sequence[int], *more: Any) -> list[Tensor]:
+        """As `Peers.swap`."""
+        began = time.perf_counter()
+        try:
+            return super().swap(mine, sizes, *more)
+        finally:
+            self.seconds += time.perf_counter() - began
+
+
+def rehearse(code: Compressor, n: int, d: int) -> None:
+    """Compress and average zeros: kernels are compiled here, where no other rank waits for this one."""
+    rnd, u = Round.full(0, 0, n), torch.zeros(n, d)
+    if code.agrees:
+        rnd = replace(rnd, agreed=float(code.prepare(u, rnd).max()))
+    sent = code.encode(u, rnd)
+    code.decode(sent, rnd)
+    code.aggregate(sent, rnd)
+
+
+def dense_mean(buffer: Tensor, group: dist.ProcessGroup) -> torch.futures.Future[Tensor]:
+    """What DDP does without a hook."""
+    work = dist.all_reduce(buffer.div_(dist.get_world_size(group)), group=group, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def reduce(channel: Channel, code: Compressor, u: Vector, rnd: Round, fit: bool = True) -> Reduced:
+    """The mean of C_i(u_i) over all ranks, u_i being what rank i brings. Collective.
+
+    fit=False on any rank, a NaN, an infinity or a value that overflows when it is compressed: NonFiniteError on all
+    ranks, naming one of them; nothing was exchanged then but flags.
+    """
+    began = time.perf_counter()
+    row, sent, trouble = u[None], None, None
+    scalar = torch.zeros(1)
+    try:
+        if not fit:
+            raise NonFiniteError(f"client {int(rnd.clients[0])}, round {rnd.index}: a NaN or an infinity.")
+        if code.agrees:
+            scalar = code.prepare(row, rnd)
+        else:
+            sent = code.encode(row, rnd)
+    except NonFiniteError as error:
+        trouble, scalar = error, torch.full((1,), math.inf)
+    encoding = time.perf_counter() - began
+    top = channel.agree(scalar, rnd)
+    if not math.isfinite(top):
+        _name_the_rank(channel, trouble, rnd)
+    if sent is None:
+        began = time.perf_counter()
+        rnd = replace(rnd, agreed=top) if code.agrees else rnd
+        sent = code.encode(row, rnd)
+        encoding += time.perf_counter() - began
+    return Reduced(channel.mean(sent, code, rnd), sent, rnd, encoding)
+
+
+def _name_the_rank(channel: Channel, trouble: NonFiniteError | None, rnd: Round) -> None:
+    """Raise NonFiniteError on all ranks, after a second agreement: the first has not said whose it is."""
+    mine = 0 if trouble is None else int(rnd.clients[0]) + 1
+    rank = int(channel.agree(torch.tensor([float(mine)]), rnd)) - 1
+    raise NonFiniteError(
+        f"step {rnd.index}: what rank {rank} brings is not finite; no rank has moved its state. Skip the step on all "
+        "ranks, or look for the batch."
+    ) from trouble
+
+
+class Link:
+    """This rank's end of an exchange with all ranks of `group` (default: the world). Collective, as is `meet`.
+
+    `kind` names a channel. `over` is a group to exchange bytes with in place of a new one of gloo's; it must have the
+    same ranks, and is not destroyed by `close`.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        group: dist.ProcessGroup | None = None,
+        over: dist.ProcessGroup | None = None,
+        timeout: float = 60.0,
+    ) -> None:
+        if kind not in CHANNELS:
+            raise ConfigError(f"channel={kind!r}: a channel is one of {', '.join(sorted(CHANNELS))}.")
+        if not (timeout > 0 and math.isfinite(timeout)):
+            raise ConfigError(f"timeout={timeout!r}: a positive number of seconds after which a rank counts as lost.")
+        if not dist.is_initialized():
+            raise ConfigError('there is no process group: call torch.distributed.init_process_group("gloo") first.')
+        ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+        if over is not None and dist.get_process_group_ranks(over) != ranks:
+            raise ConfigError(
+                f"process_group has ranks {dist.get_process_group_ranks(over)}, the model's has {ranks}: take the "
+                "same ranks, or leave it out."
+            )
+        if over is None and len(ranks) < dist.get_world_size():
+            # Groups of a part of the world get names that torch gives twice once one of them was destroyed.
+            raise ConfigError(
+                f"ranks {ranks} are not the whole world: make the group on all ranks, new_group({ranks}, "
+                'backend="gloo"), and pass it as process_group.'
+            )
+        self._own = over is None
+        self.group: dist.ProcessGroup | None = over or dist.new_group(ranks, timedelta(seconds=timeout), backend="gloo")
+        self.kind, self.peers, self.closed = kind, Timed(self.group), False
+        self.rank, self.world = self.peers.rank, self.peers.world
+        self.channel: Channel | None = None
+        self.steps, self.dense, self.encoding, self.spent = 0, 0, 0.0, 0.0
+
+    def meet(self, facts: Mapping[str, object]) -> None:
+        """Open the channel, if all ranks say the same of every fact. Raises ConfigMismatch on all ranks otherwise."""
+        assert len(facts) <= FACTS
+        rows = [hashlib.sha256(repr(value).encode()).digest()[:DIGEST] for value in facts.values()]
+        mine = b"".join(rows).ljust(FACTS * DIGEST, b"\0")
+        everyone = torch.stack(self.peers.all(torch.frombuffer(bytearray(mine), dtype=torch.uint8)))
+        apart = (everyone != everyone[0]).reshape(self.world, FACTS, DIGEST).any(2)
+        if bool(apart.any()):
+            names = [name for name, differs in zip(facts, apart.any(0).tolist(), strict=False) if differs]
+            ranks = apart.any(1).nonzero()[:, 0].tolist()
+            here = "; ".join(f"{name}={str(facts[name])[:80]}" for name in names)
+            raise ConfigMismatch(
+                f"{', '.join(names)} on rank {', '.join(map(str, ranks))} is not that of rank 0 (rank {self.rank} has "
+                f"{here}): give all ranks the same."
+            )
+        meter = None if self.channel is None else self.channel.meter
+        digest = hashlib.sha256(mine).digest()[:8]
+        self.channel = CHANNELS[self.kind](self.world, digest, self.peers, meter)
+
+    def round(self, index: int, seed: int) -> Round:
+        """The round in which each rank is the client of its number."""
+        return Round.full(index, seed, self.world, torch.tensor([self.rank]))
+
+    def reduce(self, code: Compressor, u: Vector, rnd: Round, fit: bool = True) -> Reduced:
+        """`reduce`, with the time that it took."""
+        assert self.channel is not None
+        began, wire = time.perf_counter(), self.peers.seconds
+        done = reduce(self.channel, code, u, rnd, fit)
+        self.encoding += done.encoding
+        self.spent += time.perf_counter() - began - done.encoding - (self.peers.seconds - wire)
+        self.dense += 4 * len(u)
+        return done
+
+    def mean(self, code: Compressor, u: Vector, rnd: Round) -> Vector:
+        """The mean alone, of what all ranks know to be finite: no flags are exchanged."""
+        assert self.channel is not None
+        began, wire = time.perf_counter(), self.peers.seconds
+        out = self.channel.mean(code.encode(u[None], rnd), code, rnd)
+        self.spent += time.perf_counter() - began - (self.peers.seconds - wire)
+        self.dense += 4 * len(u)
+        return out
+
+    def traffic(self) -> Traffic:
+        """What this rank has sent and spent."""
+        if self.channel is None:
+            return Traffic(self.steps, 0, 0.0, 0.0, 0.0, 0.0, self.peers.moved, 0.0, self.peers.seconds, 0.0)
+        m, n = self.channel.meter, self.world
+        sizes = (m.up / n, m.down / n, m.up_framed / n, m.down_framed / n)
+        return Traffic(
+            self.steps, self.dense, *sizes, self.peers.moved, self.encoding, self.peers.seconds, self.spent
+        )  # fmt: skip
+
+    def close(self, wait: bool = True) -> None:
+        """Destroy the own group, once all ranks have come here (wait=False: at once)."""
+        if self._own and dist.is_initialized():
+            with suppress(ShoalError, RuntimeError, ValueError):  # a lost rank, or all groups were destroyed before
+                if wait:
+                    self.peers.barrier()
+            with suppress(RuntimeError, ValueError):
+                dist.destroy_process_group(self.group)
+        self._own, self.closed = False, True
+        self.group = self.peers.group = None  # gloo's threads abort the process if a group lives on until its end
