@@ -33,7 +33,8 @@ NAMES = {
     problems: ["Autoencoder", "Classification", "Module", "Quadratics", "estimated", "measured_pm"],
     errors: [
         "BadMagic", "CheckpointCorrupt", "CheckpointError", "ChecksumError", "ConfigError", "ConfigMismatch",
-        "DataError", "LengthError", "NonFiniteError", "PayloadError", "ResumeMismatch",
+        "DataError", "LengthError", "NonFiniteError", "PayloadError", "PeerDied", "PeerLost", "PeerTimeout",
+        "QuorumLost", "ResumeMismatch",
         "RoundMismatch", "ShoalError", "VersionMismatch", "WireError",
     ],
 }  # fmt: skip

@@ -19,7 +19,7 @@ from rich.table import Table
 from shoal import __version__, compressors, data, kernels, methods, problems, report
 from shoal.cli import bench, mean, plan, race, reproduce, run, sweep
 from shoal.cli.options import With, app, err_console, fail, out_console
-from shoal.errors import ShoalError
+from shoal.errors import PeerLost, ShoalError
 from shoal.experiments import sweep as sweeps
 from shoal.experiments.expressions import known_names
 from shoal.report import mean as means
@@ -104,13 +104,19 @@ def _root(
     pass
 
 
+def _speaker(error: ShoalError) -> int:
+    """The rank that says for all what happened: the first that is not lost."""
+    lost = error.ranks if isinstance(error, PeerLost) else ()
+    return next(rank for rank in range(len(lost) + 1) if rank not in lost)
+
+
 def main() -> None:
     """Run the command; every error that can be expected is one line and a non-zero exit."""
     kernels.when_compiling(lambda: err_console.print("compiling kernels (once: they are kept)", style="dim"))
     try:
         app()
     except ShoalError as error:
-        if not started_by_torchrun() or os.environ["RANK"] == "0":
+        if not started_by_torchrun() or int(os.environ["RANK"]) == _speaker(error):
             fail(error)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

@@ -6,7 +6,6 @@ arrays carry zip's CRC-32 and are read back before anything is resumed.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -25,6 +24,7 @@ import torch
 
 from shoal.core import Meter, Row, State
 from shoal.errors import CheckpointCorrupt, ConfigError, ResumeMismatch
+from shoal.wire import digest
 
 CHECKPOINT_EVERY = 5.0  # seconds
 LEFTOVER = re.compile(r"\.probe|\.(config|race)\.json\.\d+")  # of a process that was killed before it wrote anything
@@ -43,11 +43,6 @@ def versions() -> dict[str, str]:
 def machine() -> str:
     """The machine in a line."""
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-
-
-def digest(config: dict[str, Any]) -> bytes:
-    """8 bytes of the SHA-256 of a config: what ranks and checkpoints compare."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).digest()[:8]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from shoal import kernels
-from shoal.core import Channel, Method, Problem, Recorder, Row, State
+from shoal.core import Channel, Method, OnNonFinite, Problem, Recorder, Row, State
 from shoal.descents import Step
 from shoal.errors import CheckpointCorrupt, ConfigError, NonFiniteError
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import Folder
 from shoal.messages import Round
 from shoal.rng import checked_seed
-from shoal.runtimes import Local, chunks, rounds
+from shoal.runtimes import Local, checked_policy, chunks, rounds
 from shoal.theory import Setting, StepSize
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Run:
     stopped: Stopped
     note: str = ""
     target: float | None = None
+    faults: list[dict[str, Any]] = field(default_factory=list)  # rounds that were skipped, or held without some clients
     facts: dict[str, Any] = field(default_factory=dict, repr=False)  # problem, seed, budget: what config.json holds
 
     @property
@@ -64,7 +65,7 @@ class Run:
         """What result.json holds."""
         used = {k: (float(v) if isinstance(v, float) else v) for k, v in self.step.constants.items()}
         facts = {"sha256": self.sha256, "rounds": self.rows[-1].round, "stopped": self.stopped, "note": self.note}
-        facts |= {"method": self.label, "resolved": compact(self.method), "gamma": self.gamma}
+        facts |= {"faults": self.faults, "method": self.label, "resolved": compact(self.method), "gamma": self.gamma}
         return (
             facts
             | {"theorem": self.step.theorem, "constants": used}
@@ -215,8 +216,11 @@ def execute(
     chunk: int | None = None,
     folder: Folder | None = None,
     record: Recorder | None = None,
+    on_nonfinite: OnNonFinite = "raise",
+    faults: list[dict[str, Any]] | None = None,
 ) -> tuple[list[Row], State, Stopped, str]:
-    """Run until the target, the budget or divergence; rows, final state, why it stopped, and a note."""
+    """Run until the target, the budget or divergence; rows, final state, why it stopped, and a note. Rounds that were
+    skipped, or held without some clients, are appended to `faults`."""
     rows: list[Row] = list(folder.rows) if folder else []
     before, began = rows[-1].seconds if rows else 0.0, time.perf_counter()
     state = None
@@ -228,7 +232,7 @@ def execute(
             channel.meter = state.meter
     interrupts, hosts_all = Interrupts(), len(channel.clients) == channel.n
     with interrupts.held():
-        events = rounds(method, descent, problem, channel, seed, state, chunk)
+        events = rounds(method, descent, problem, channel, seed, state, chunk, on_nonfinite)
         while True:
             try:
                 event = next(events)
@@ -243,6 +247,9 @@ def execute(
                         folder.record(rows[-1])
                 return rows, state, "diverged", str(error)
             state = event.state
+            if event.fault is not None and faults is not None:
+                fault = {"round": state.index - 1, "clients": list(event.fault.clients), "said": str(event.fault)}
+                faults.append(fault | {"policy": on_nonfinite})
             k, spent = state.index, state.meter.bits(channel.n)
             last = (limit is not None and k >= limit) or (bits is not None and spent["up_bits"] >= bits)
             if (k % every == 0 or last) and not (rows and rows[-1].round >= k):
@@ -286,6 +293,7 @@ def simulate(
     record: Callable[[Row], None] | None = None,
     channel: Channel | None = None,
     facts: dict[str, Any] | None = None,
+    on_nonfinite: OnNonFinite = "raise",
 ) -> Run:
     """Simulate a method on a problem, all n clients in this process.
 
@@ -295,7 +303,8 @@ def simulate(
     rounds. chunk: clients at a time (default: what keeps temporaries at 16 MiB). out: a run folder, checkpointed every
     five seconds and on Ctrl-C; resume=True goes on from there and ends at the identical iterate. record: called with
     each row. channel: where messages go (default: `Local`); a run over ranks is resumed by replaying it from round 0.
-    facts: stored in config.json beside the run's own settings.
+    facts: stored in config.json beside the run's own settings. on_nonfinite: what becomes of a round in which a client
+    has a NaN or an infinity: "raise" (the run ends, diverged), "skip" it, "drop" the client from it (docs/faults.md).
     Raises ConfigError before anything runs if the parts do not fit together.
 
         >>> import shoal
@@ -309,12 +318,18 @@ def simulate(
         raise ConfigError(f"every={every!r}, chunk={chunk!r}: integers, both count from 1.")
     made = parse(method, known_names(), Method) if isinstance(method, str) else method
     budget: dict[str, Any] = {"rounds": rounds, "bits": bits, "target": target}
+    checked_policy(on_nonfinite, made)
     ready, theory, gamma = prepare(problem, made, step=step, multiple=multiple, pl=pl, **budget)
     label, descent, folder = compact(made), Step(gamma), None
     rule = "theory" if step == "theory" else "given"
     config: dict[str, Any] = {"problem": {"name": problem.name, "n": problem.n, "d": problem.d}, "method": label}
     config |= {"seed": seed, **budget, "step": {"rule": rule, "gamma": gamma, "multiple": multiple}, "every": every}
+    config["on_nonfinite"] = on_nonfinite
     channel = channel or Local(problem.n)
+    if len(channel.clients) < problem.n:
+        # To six digits: what machines may differ in is the last bits, and those of gamma decide.
+        constants = {k: f"{v:.6g}" for k, (v, _) in problem.smoothness().facts().items()}
+        channel.open(config | {"resolved": compact(ready), "constants": constants})
     if out is not None:
         # Identity is what the problem computes: a repr may hold an address, or leave out the split.
         config["problem"]["start"] = fingerprint(problem, chunk)
@@ -324,16 +339,17 @@ def simulate(
             folder.forget()  # a checkpoint of all clients is not one of this rank's: the run is replayed
     if len(channel.clients) < problem.n:
         problem = problem.only(channel.clients)
+    faults: list[dict[str, Any]] = []
     try:
         rows, state, stopped, note = execute(
             problem, ready, descent, channel, seed=seed, limit=rounds, bits=bits, target=target, every=every,
-            chunk=chunk, folder=folder, record=record,
+            chunk=chunk, folder=folder, record=record, on_nonfinite=on_nonfinite, faults=faults,
         )  # fmt: skip
     except BaseException:  # whatever cut it, the rows so far are on the disk
         if folder is not None:
             folder.close()
         raise
-    run = Run(label, ready, theory, gamma, rows, state.x, stopped, note, target, config)
+    run = Run(label, ready, theory, gamma, rows, state.x, stopped, note, target, faults, config)
     if folder is not None:
         folder.finish(run.result())
     return run
