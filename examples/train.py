@@ -36,8 +36,8 @@ from shoal.errors import ConfigError, DataError, ShoalError
 USUAL = {  # compressor and step sizes of the two models where none are given; the step sizes are tuned by hand
     "ddp": ("Correlated()", {"cnn": 0.05, "gru": 0.2}),
     "marina": ("Correlated(levels=16)", {"cnn": 0.05, "gru": 1.0}),
-    "diana": ("QSGD(7)", {"cnn": 0.05, "gru": 1.0}),
-    "ef21": ("TopK(0.05)", {"cnn": 0.05, "gru": 1.0}),
+    "diana": ("QSGD(7)", {"cnn": 0.2, "gru": 1.0}),
+    "ef21": ("TopK(0.05)", {"cnn": 0.2, "gru": 1.0}),
 }
 LENGTH = 32  # characters that the GRU sees
 Samples = tuple[Tensor, Tensor]

@@ -30,7 +30,7 @@ from shoal.runtimes.peers import Peers
 from shoal.runtimes.replicated import Replicated
 
 GradBucket = dist.GradBucket  # what a hook of DDP must be annotated with
-CHANNELS = {"replicated": Replicated}
+CHANNELS: dict[str, type[Replicated]] = {"replicated": Replicated}
 CHANNELS["auto"] = CHANNELS["replicated"]
 
 
