@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -35,40 +36,57 @@ def checked_timeout(seconds: float) -> float:
     return float(seconds)
 
 
-def _store(rank: int, timeout: float) -> dist.Store:
-    host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), _number("MASTER_PORT")
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    wait = timedelta(seconds=timeout)
-    try:
-        return dist.TCPStore(host, port, is_master=rank == 0 and not kept, timeout=wait, wait_for_workers=False)
-    except RuntimeError as error:
-        said = str(error).splitlines()[0]
-        mend = "look whether rank 0, or torchrun, runs there"
-        raise PeerTimeout(f"no store at {host}:{port} within {timeout:g} s ({said}): {mend}.", [0]) from error
-
-
-def _open_gloo(store: dist.Store, lines: Lines) -> None:
-    """gloo's own connections, in a thread that may hang while the lines are watched."""
+def _bounded(action: Callable[[], Any], timeout: float, watch: Callable[[], None], late: PeerTimeout) -> Any:
+    """What `action` returns, or raises `late`: in a thread, since torch's connecting may outlast its own timeout."""
+    done: list[Any] = []
     failed: list[RuntimeError] = []
 
-    def connect() -> None:
+    def act() -> None:
         try:
-            dist.init_process_group(
-                "gloo", store=store, rank=lines.rank, world_size=lines.world, timeout=timedelta(seconds=lines.timeout)
-            )
+            done.append(action())
         except RuntimeError as error:
             failed.append(error)
 
-    thread = threading.Thread(target=connect, daemon=True)
+    thread, end = threading.Thread(target=act, daemon=True), time.monotonic() + timeout
     thread.start()
-    end = time.monotonic() + lines.timeout
     while thread.is_alive():
         thread.join(0.01)
-        lines.watch(0.0)
+        watch()
         if thread.is_alive() and time.monotonic() > end:
-            raise PeerTimeout(f"gloo did not connect within {lines.timeout:g} s, though all ranks are there.")
+            raise late
     if failed:
-        lines.inquire(str(failed[0]).splitlines()[0])
+        raise failed[0]
+    return done[0]
+
+
+def _store(rank: int, timeout: float) -> dist.Store:
+    host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), _number("MASTER_PORT")
+    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    wait = timedelta(seconds=timeout)
+    mend = "look whether rank 0, or torchrun, runs there"
+    late = PeerTimeout(f"no store at {host}:{port} within {timeout:g} s: {mend}.", [0])
+    try:
+        return _bounded(
+            lambda: dist.TCPStore(host, port, is_master=keeps, timeout=wait, wait_for_workers=False),
+            timeout, lambda: None, late,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise late from error
+
+
+def _open_gloo(store: dist.Store, lines: Lines) -> None:
+    """gloo's own connections, while the lines are watched."""
+    wait = timedelta(seconds=lines.timeout)
+    late = PeerTimeout(f"gloo did not connect within {lines.timeout:g} s, though all ranks are there.")
+    try:
+        _bounded(
+            lambda: dist.init_process_group(
+                "gloo", store=store, rank=lines.rank, world_size=lines.world, timeout=wait
+            ),
+            lines.timeout, lambda: lines.watch(0.0), late,
+        )  # fmt: skip
+    except RuntimeError as error:
+        lines.inquire(str(error).splitlines()[0])
 
 
 @contextmanager

@@ -168,7 +168,7 @@ class Link:
                 'backend="gloo"), and pass it as process_group.'
             )
         self._own = over is None
-        self.group = over or dist.new_group(ranks, timedelta(seconds=timeout), backend="gloo")
+        self.group: dist.ProcessGroup | None = over or dist.new_group(ranks, timedelta(seconds=timeout), backend="gloo")
         self.kind, self.peers, self.closed = kind, Timed(self.group, timeout=timeout), False
         self.rank, self.world = self.peers.rank, self.peers.world
         self.channel: Channel | None = None
@@ -225,4 +225,4 @@ class Link:
             with suppress(RuntimeError, ValueError):
                 if self._own:
                     dist.destroy_process_group(self.group)
-        self.closed = True
+        self.closed, self.group, self.peers.group = True, None, None  # a group must not outlive its runtime
