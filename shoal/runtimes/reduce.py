@@ -217,12 +217,14 @@ class Link:
     def close(self, wait: bool = True, error: BaseException | None = None) -> None:
         """Leave, once all ranks have come here (wait=False: at once, and tell them the error), and destroy the own
         group."""
-        if not self.closed and dist.is_initialized():
-            with suppress(ShoalError, RuntimeError, ValueError):  # a lost rank, or all groups were destroyed before
-                if wait:
-                    self.peers.barrier()
-            self.peers.close(error)
-            with suppress(RuntimeError, ValueError):
-                if self._own:
-                    dist.destroy_process_group(self.group)
+        if self.closed:
+            return
+        alive = dist.is_initialized()
+        with suppress(ShoalError, RuntimeError, ValueError):  # a lost rank, or all groups were destroyed before
+            if wait and alive:
+                self.peers.barrier()
+        self.peers.close(error)
+        with suppress(RuntimeError, ValueError):
+            if self._own and alive:
+                dist.destroy_process_group(self.group)
         self.closed, self.group, self.peers.group = True, None, None  # a group must not outlive its runtime
