@@ -1,6 +1,6 @@
 """Train a small network on several ranks with compressed messages: an optimizer of shoal's, or DDP with its hook.
 
-    torchrun --standalone --nproc-per-node 4 examples/train.py --model cnn --optimizer ddp --compressor "Correlated()"
+    torchrun --standalone --nproc-per-node 4 examples/train.py --model cnn --optimizer ddp --compressor "TopK(0.05)"
     torchrun --standalone --nproc-per-node 4 examples/train.py --model gru --optimizer marina --text input.txt
 
 --model cnn: digits, from a folder of MNIST's IDX files (--data), or else made up. --model gru: the next character of a
@@ -34,7 +34,7 @@ from shoal.data import OPENERS
 from shoal.errors import ConfigError, DataError, ShoalError
 
 USUAL = {  # compressor and step sizes of the two models where none are given; the step sizes are tuned by hand
-    "ddp": ("Correlated()", {"cnn": 0.05, "gru": 0.2}),
+    "ddp": ("Correlated(levels=16)", {"cnn": 0.05, "gru": 0.2}),
     "marina": ("Correlated(levels=16)", {"cnn": 0.05, "gru": 1.0}),
     "diana": ("QSGD(7)", {"cnn": 0.2, "gru": 1.0}),
     "ef21": ("TopK(0.05)", {"cnn": 0.2, "gru": 1.0}),
@@ -72,8 +72,9 @@ def digits(folder: Path | None, made: np.random.Generator, say: Any) -> tuple[Sa
     """(training samples, test samples)."""
     if folder is None:
         say("no --data: the digits are made up, ten fixed patterns in noise")
-        patterns, labels = made.random((10, 28, 28)), made.integers(10, size=6000)
-        pixels = 0.35 * patterns[labels] + 0.65 * made.random((6000, 28, 28))
+        coarse, labels = made.random((10, 7, 7)), made.integers(10, size=6000)
+        patterns = coarse.repeat(4, 1).repeat(4, 2)  # four by four pixels each
+        pixels = 0.5 * patterns[labels] + 0.5 * made.random((6000, 28, 28))
         cut = 5000
     else:
         parts = []

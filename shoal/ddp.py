@@ -157,7 +157,9 @@ class Handle:
             try:
                 self._serve(job)
             except BaseException as error:  # kept for `_settle`: an error in here must not leave backward waiting
-                self._broken = error
+                if self._broken is None:
+                    self._broken = error
+                    self._link.peers.close(error)  # the others are told, and wait no longer
             if self._broken is not None:
                 with suppress(Exception):
                     job.buffer.fill_(math.nan)

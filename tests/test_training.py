@@ -119,7 +119,7 @@ def test_randomness_is_that_of_the_step_and_of_the_bucket(world):
             expected = code.decode(code.encode(u[None], rnd), rnd)[0]
             found = dict(ddp.module.named_parameters())
             assert torch.equal(flat([found[p.name].grad for p in plan.coded]), expected)
-        assert handle.stats().up == 2 * (code.capacity(1, len(u)) + 4), "and a flag"
+        assert handle.stats().up == 2 * code.capacity(1, len(u))
 
 
 def test_accumulated_gradients_are_compressed_once(world):
@@ -140,7 +140,7 @@ def test_a_nan_is_an_error_of_its_step_and_poisons_nothing(world):
         loss_of(ddp, 0).backward()
         before = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in handle.state_dict().items()}
         ddp.zero_grad()
-        with pytest.raises(NonFiniteError, match="step 1: what rank 0 brings"):
+        with pytest.raises(NonFiniteError, match="client 0, round 1"):
             (loss_of(ddp, 1) * float("nan")).backward()
         assert flat_grads(ddp).isnan().all(), "nobody takes them for gradients"
         after = handle.state_dict()
@@ -271,7 +271,7 @@ ATTACHED = [
     (dict(compressor="TopK(0.1)", min_numel=0), "min_numel=0: an integer, at least 1"),
     (dict(compressor="TopK(0.1)", seed=-1), "seed=-1"),
     (dict(compressor="TopK(0.1)", channel="pigeons"), "channel='pigeons': a channel is one of"),
-    (dict(compressor="TopK(0.1)", timeout=0), "timeout=0: a positive number of seconds"),
+    (dict(compressor="TopK(0.1)", timeout=0), "timeout=0: seconds that a rank waits"),
     (dict(compressor="RandK(0.1)", error_feedback=True), r"memories of a compressor without alpha.*Scaled\(RandK"),
     (dict(compressor="TopK(300)", min_numel=100), "the smallest may have d=240"),
     (dict(compressor="TopC(3)"), "unknown name 'TopC'"),
@@ -402,7 +402,7 @@ def test_groups_schedules_hooks_and_weight_decay_are_torchs(world):
     torch.testing.assert_close(flat(mine.parameters()), flat(theirs.parameters()), rtol=1e-5, atol=1e-6)
     assert len(counted) == 5
     assert [g["lr"] for g in ours.param_groups] == [g["lr"] for g in sgd.param_groups] == [0.05, 0.0125]
-    assert ours.stats().dense == 5 * 4 * ours.d == ours.stats().up - 5 * 4, "and five flags"
+    assert ours.stats().dense == 5 * 4 * ours.d == ours.stats().up
 
 
 def test_both_calls_of_the_closure_meet_the_same_random_numbers(world):
@@ -439,7 +439,7 @@ def test_a_nan_leaves_parameters_and_states_as_they_were(world, name):
     for step in range(2):
         optimizer.step(closure_of(optimizer, model, step))
     x, state = flat(model.parameters()), copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(NonFiniteError, match="rank 0"):
+    with pytest.raises(NonFiniteError, match="client 0, round 2"):
         optimizer.step(closure_of(optimizer, model, 2, factor=float("nan")))
     assert torch.equal(flat(model.parameters()), x)
     now = optimizer.state_dict()
@@ -562,12 +562,12 @@ def test_two_ranks():
     assert found["buckets"] > 1, "rebuilt, and more than one"
     for first, second in found["said"].values():
         assert first == second
-    assert "NonFiniteError: step 2: what rank 1 brings" in found["said"]["ddp nan"][0]
-    assert "NonFiniteError: step 1: what rank 1 brings" in found["said"]["optim nan"][0]
-    assert "ConfigMismatch: seed on rank 1" in found["said"]["ddp seed"][0]
-    assert "ConfigMismatch: parameters on rank 1" in found["said"]["optim start"][0]
+    assert "NonFiniteError: client 1, round 2" in found["said"]["ddp nan"][0]
+    assert "NonFiniteError: client 1, round 1" in found["said"]["optim nan"][0]
+    assert "seed: rank 0: 0; rank 1: 1" in found["said"]["ddp seed"][0]
+    assert "parameters: rank 0: " in found["said"]["optim start"][0]
     assert found["said"]["scale"] == [2.0**11] * 2, "both skipped"
     assert found["means"] == [True, True], "the float64 mean of both ranks' gradients, bit for bit"
     error, seconds, again = found["lost"]
-    assert error != "nothing"
-    assert (seconds < 20.0, again < 0.5) == (True, True)
+    assert error == "PeerDied"
+    assert (seconds < 5.0, again < 0.5) == (True, True)

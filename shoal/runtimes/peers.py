@@ -39,12 +39,14 @@ class Peers:
     ranks are lost, with their numbers; then the group is at an end.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, lines: Lines | None = None) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, lines: Lines | None = None, timeout: float = TIMEOUT
+    ) -> None:
         # None stays None: gloo's threads abort the process if a group lives on until the interpreter ends.
         self.group = group
         self.world, self.rank, self.moved = dist.get_world_size(group), dist.get_rank(group), 0
         known = dist.distributed_c10d._get_default_group() if group is None else group
-        self.lines = lines or _known(known, self.rank, self.world)
+        self.lines = lines or _known(known, self.rank, self.world, timeout)
         _LINES[known] = self.lines
         self.digest, self.round = bytes(8), 0
 
@@ -120,11 +122,11 @@ def _brief(what: str) -> str:
     return what if len(what) <= 80 else f"{what[:60]}... {zlib.crc32(what.encode()):08x}"
 
 
-def _known(group: dist.ProcessGroup, rank: int, world: int) -> Lines:
+def _known(group: dist.ProcessGroup, rank: int, world: int, timeout: float) -> Lines:
     """The lines of a group, laid when they are first wanted."""
     lines = _LINES.get(group)
     if lines is None or lines.closed:
         count = _MEETINGS[group] = _MEETINGS.get(group, 0) + 1
         store = dist.PrefixStore(f"shoal{count}", dist.distributed_c10d._get_process_group_store(group))
-        lines = meet(store, rank, world, TIMEOUT)
+        lines = meet(store, rank, world, timeout)
     return lines

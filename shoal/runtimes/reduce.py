@@ -2,8 +2,8 @@
 
     u (d,) -> [prepare] -> agree -> encode -> mean (d,)
 
-Each rank is one client. The agreement carries a flag too, so that a vector that is not finite on one rank is an error
-of all of them, in the same step and before any state moves; it is one number, and made also for codes that need none.
+Each rank is one client. A vector that is not finite on one rank is an error of all of them, in the same step and before
+any state moves.
 
 The bytes travel over a gloo group of its own, whatever group the caller computes with: its collectives are then in no
 one else's order, may be called from a thread, and take messages from the host's memory.
@@ -11,11 +11,9 @@ one else's order, may be called from a thread, and take messages from the host's
 
 from __future__ import annotations
 
-import hashlib
-import math
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -25,15 +23,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal.core import Channel, Compressor
-from shoal.errors import ConfigError, ConfigMismatch, NonFiniteError, ShoalError
+from shoal.errors import ConfigError, NonFiniteError, ShoalError
 from shoal.messages import Messages, Round, Vector
+from shoal.runtimes.group import checked_timeout
 from shoal.runtimes.peers import Peers
 from shoal.runtimes.replicated import Replicated
 
 GradBucket = dist.GradBucket  # what a hook of DDP must be annotated with
 CHANNELS: dict[str, type[Replicated]] = {"replicated": Replicated}
 CHANNELS["auto"] = CHANNELS["replicated"]
-FACTS, DIGEST = 16, 8  # the handshake: so many settings at most, so many bytes of the SHA-256 of each
 
 
 class Reduced(NamedTuple):
@@ -107,44 +105,35 @@ def dense_mean(buffer: Tensor, group: dist.ProcessGroup) -> torch.futures.Future
     return work.get_future().then(lambda done: done.value()[0])
 
 
+@contextmanager
+def _told(channel: Channel, rnd: Round) -> Iterator[None]:
+    """What is not finite here is an error of all ranks."""
+    try:
+        yield
+    except NonFiniteError as error:
+        channel.fail(error, rnd)
+
+
 def reduce(channel: Channel, code: Compressor, u: Vector, rnd: Round, fit: bool = True) -> Reduced:
     """The mean of C_i(u_i) over all ranks, u_i being what rank i brings. Collective.
 
     fit=False on any rank, a NaN, an infinity or a value that overflows when it is compressed: NonFiniteError on all
-    ranks, naming one of them; nothing was exchanged then but flags.
+    ranks, with all such clients; no message was exchanged then.
     """
-    began = time.perf_counter()
-    row, sent, trouble = u[None], None, None
-    scalar = torch.zeros(1)
-    try:
+    row, began, waited = u[None], time.perf_counter(), 0.0
+    with _told(channel, rnd):
         if not fit:
-            raise NonFiniteError(f"client {int(rnd.clients[0])}, round {rnd.index}: a NaN or an infinity.")
-        if code.agrees:
-            scalar = code.prepare(row, rnd)
-        else:
-            sent = code.encode(row, rnd)
-    except NonFiniteError as error:
-        trouble, scalar = error, torch.full((1,), math.inf)
-    encoding = time.perf_counter() - began
-    top = channel.agree(scalar, rnd)
-    if not math.isfinite(top):
-        _name_the_rank(channel, trouble, rnd)
-    if sent is None:
-        began = time.perf_counter()
-        rnd = replace(rnd, agreed=top) if code.agrees else rnd
+            client = int(rnd.clients[0])
+            raise NonFiniteError(f"client {client}, round {rnd.index}: a NaN or an infinity.", [client])
+        scalar = code.prepare(row, rnd) if code.agrees else None
+    if scalar is not None:
+        asked = time.perf_counter()
+        rnd = replace(rnd, agreed=channel.agree(scalar, rnd))
+        waited = time.perf_counter() - asked
+    with _told(channel, rnd):
         sent = code.encode(row, rnd)
-        encoding += time.perf_counter() - began
+    encoding = time.perf_counter() - began - waited
     return Reduced(channel.mean(sent, code, rnd), sent, rnd, encoding)
-
-
-def _name_the_rank(channel: Channel, trouble: NonFiniteError | None, rnd: Round) -> None:
-    """Raise NonFiniteError on all ranks, after a second agreement: the first has not said whose it is."""
-    mine = 0 if trouble is None else int(rnd.clients[0]) + 1
-    rank = int(channel.agree(torch.tensor([float(mine)]), rnd)) - 1
-    raise NonFiniteError(
-        f"step {rnd.index}: what rank {rank} brings is not finite; no rank has moved its state. Skip the step on all "
-        "ranks, or look for the batch."
-    ) from trouble
 
 
 class Link:
@@ -163,8 +152,7 @@ class Link:
     ) -> None:
         if kind not in CHANNELS:
             raise ConfigError(f"channel={kind!r}: a channel is one of {', '.join(sorted(CHANNELS))}.")
-        if not (timeout > 0 and math.isfinite(timeout)):
-            raise ConfigError(f"timeout={timeout!r}: a positive number of seconds after which a rank counts as lost.")
+        timeout = checked_timeout(timeout)
         if not dist.is_initialized():
             raise ConfigError('there is no process group: call torch.distributed.init_process_group("gloo") first.')
         ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
@@ -181,29 +169,16 @@ class Link:
             )
         self._own = over is None
         self.group: dist.ProcessGroup | None = over or dist.new_group(ranks, timedelta(seconds=timeout), backend="gloo")
-        self.kind, self.peers, self.closed = kind, Timed(self.group), False
+        self.kind, self.peers, self.closed = kind, Timed(self.group, timeout=timeout), False
         self.rank, self.world = self.peers.rank, self.peers.world
         self.channel: Channel | None = None
         self.steps, self.dense, self.encoding, self.spent = 0, 0, 0.0, 0.0
 
     def meet(self, facts: Mapping[str, object]) -> None:
         """Open the channel, if all ranks say the same of every fact. Raises ConfigMismatch on all ranks otherwise."""
-        assert len(facts) <= FACTS
-        rows = [hashlib.sha256(repr(value).encode()).digest()[:DIGEST] for value in facts.values()]
-        mine = b"".join(rows).ljust(FACTS * DIGEST, b"\0")
-        everyone = torch.stack(self.peers.all(torch.frombuffer(bytearray(mine), dtype=torch.uint8)))
-        apart = (everyone != everyone[0]).reshape(self.world, FACTS, DIGEST).any(2)
-        if bool(apart.any()):
-            names = [name for name, differs in zip(facts, apart.any(0).tolist(), strict=False) if differs]
-            ranks = apart.any(1).nonzero()[:, 0].tolist()
-            here = "; ".join(f"{name}={str(facts[name])[:80]}" for name in names)
-            raise ConfigMismatch(
-                f"{', '.join(names)} on rank {', '.join(map(str, ranks))} is not that of rank 0 (rank {self.rank} has "
-                f"{here}): give all ranks the same."
-            )
+        self.peers.handshake(dict(facts))
         meter = None if self.channel is None else self.channel.meter
-        digest = hashlib.sha256(mine).digest()[:8]
-        self.channel = CHANNELS[self.kind](self.world, digest, self.peers, meter)
+        self.channel = CHANNELS[self.kind](self.world, self.peers.digest, self.peers, meter)
 
     def round(self, index: int, seed: int) -> Round:
         """The round in which each rank is the client of its number."""
@@ -212,6 +187,7 @@ class Link:
     def reduce(self, code: Compressor, u: Vector, rnd: Round, fit: bool = True) -> Reduced:
         """`reduce`, with the time that it took."""
         assert self.channel is not None
+        self.peers.round = rnd.index
         began, wire = time.perf_counter(), self.peers.seconds
         done = reduce(self.channel, code, u, rnd, fit)
         self.encoding += done.encoding
@@ -238,13 +214,17 @@ class Link:
             self.steps, self.dense, *sizes, self.peers.moved, self.encoding, self.peers.seconds, self.spent
         )  # fmt: skip
 
-    def close(self, wait: bool = True) -> None:
-        """Destroy the own group, once all ranks have come here (wait=False: at once)."""
-        if self._own and dist.is_initialized():
-            with suppress(ShoalError, RuntimeError, ValueError):  # a lost rank, or all groups were destroyed before
-                if wait:
-                    self.peers.barrier()
-            with suppress(RuntimeError, ValueError):
+    def close(self, wait: bool = True, error: BaseException | None = None) -> None:
+        """Leave, once all ranks have come here (wait=False: at once, and tell them the error), and destroy the own
+        group."""
+        if self.closed:
+            return
+        alive = dist.is_initialized()
+        with suppress(ShoalError, RuntimeError, ValueError):  # a lost rank, or all groups were destroyed before
+            if wait and alive:
+                self.peers.barrier()
+        self.peers.close(error)
+        with suppress(RuntimeError, ValueError):
+            if self._own and alive:
                 dist.destroy_process_group(self.group)
-        self._own, self.closed = False, True
-        self.group = self.peers.group = None  # gloo's threads abort the process if a group lives on until its end
+        self.closed, self.group, self.peers.group = True, None, None  # a group must not outlive its runtime
