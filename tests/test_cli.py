@@ -225,7 +225,7 @@ WRONG = {
         ["run", "quadratics", "GD()", *SMALL, "--channel", "auto"],
         "--channel auto without ranks",
     ),
-    "no such channel": (["run", "quadratics", "GD()", *SMALL, "--ranks", "2", "--channel", "tube"], "channel 'tube'"),
+    "no such channel": (["run", "quadratics", "GD()", *SMALL, "--ranks", "2", "--channel", "tube"], "channel='tube'"),
     "race: ranks": (["race", "quadratics", "GD()", *SMALL, "--ranks", "4"], "--ranks 4 for n=3"),
     "race: channel": (["race", "quadratics", "GD()", *SMALL, "--channel", "sharded"], "without ranks: add --ranks 2"),
     "race: ranks, workers": (

@@ -252,7 +252,7 @@ def test_a_frame_of_another_length_is_refused():
 
 # ------------------------------------------------------------------------------------------------ ranks
 def test_there_is_no_other_channel():
-    with pytest.raises(ConfigError, match="channel 'tube': one of auto, sharded, replicated"):
+    with pytest.raises(ConfigError, match="channel='tube': a channel is one of auto, sharded, replicated"):
         channel_of("tube")
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -338,6 +339,8 @@ def make(name: str, model: nn.Module, lr: float = 0.25, **more):
 
 def simulated(method: Method, n: int, steps: int, lr: float = 0.25, seed: int = 0) -> torch.Tensor:
     """x after so many rounds in the simulator."""
+    if isinstance(method, VRMarina):
+        method = replace(method, batch=4096)  # all of a client's samples, as a closure takes them
     events = rounds(method, Step(lr), same_each_round(n), Local(n), seed)
     return next(itertools.islice(events, steps, None)).state.x
 

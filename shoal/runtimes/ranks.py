@@ -24,7 +24,7 @@ KINDS: dict[str, Make] = {
 def channel_of(kind: str) -> Make:
     """What makes the channel of this name. Raises ConfigError where there is none."""
     if kind not in KINDS:
-        raise ConfigError(f"channel {kind!r}: one of {', '.join(KINDS)}.")
+        raise ConfigError(f"channel={kind!r}: a channel is one of {', '.join(KINDS)}.")
     return KINDS[kind]
 
 

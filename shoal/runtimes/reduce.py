@@ -27,11 +27,9 @@ from shoal.errors import ConfigError, NonFiniteError, ShoalError
 from shoal.messages import Messages, Round, Vector
 from shoal.runtimes.group import checked_timeout
 from shoal.runtimes.peers import Peers
-from shoal.runtimes.replicated import Replicated
+from shoal.runtimes.ranks import channel_of
 
 GradBucket = dist.GradBucket  # what a hook of DDP must be annotated with
-CHANNELS: dict[str, type[Replicated]] = {"replicated": Replicated}
-CHANNELS["auto"] = CHANNELS["replicated"]
 
 
 class Reduced(NamedTuple):
@@ -150,8 +148,7 @@ class Link:
         over: dist.ProcessGroup | None = None,
         timeout: float = 60.0,
     ) -> None:
-        if kind not in CHANNELS:
-            raise ConfigError(f"channel={kind!r}: a channel is one of {', '.join(sorted(CHANNELS))}.")
+        make = channel_of(kind)
         timeout = checked_timeout(timeout)
         if not dist.is_initialized():
             raise ConfigError('there is no process group: call torch.distributed.init_process_group("gloo") first.')
@@ -169,7 +166,7 @@ class Link:
             )
         self._own = over is None
         self.group: dist.ProcessGroup | None = over or dist.new_group(ranks, timedelta(seconds=timeout), backend="gloo")
-        self.kind, self.peers, self.closed = kind, Timed(self.group, timeout=timeout), False
+        self._make, self.peers, self.closed = make, Timed(self.group, timeout=timeout), False
         self.rank, self.world = self.peers.rank, self.peers.world
         self.channel: Channel | None = None
         self.steps, self.dense, self.encoding, self.spent = 0, 0, 0.0, 0.0
@@ -178,7 +175,8 @@ class Link:
         """Open the channel, if all ranks say the same of every fact. Raises ConfigMismatch on all ranks otherwise."""
         self.peers.handshake(dict(facts))
         meter = None if self.channel is None else self.channel.meter
-        self.channel = CHANNELS[self.kind](self.world, self.peers.digest, self.peers, meter)
+        self.channel = self._make(self.world, self.peers.digest, self.peers)
+        self.channel.meter = meter or self.channel.meter
 
     def round(self, index: int, seed: int) -> Round:
         """The round in which each rank is the client of its number."""
