@@ -1,4 +1,4 @@
-"""One rank of `python -m benchmarks.slow_link`: does every way of averaging gradients in turn, and says how long it took.
+"""One rank of `python -m benchmarks.slow_link`: averages gradients in every way in turn, and times it.
 
 Started with torchrun's variables and one argument, a JSON object (`Task`); rank 0 prints a JSON line a way.
 """
