@@ -319,6 +319,7 @@ class Channel(Protocol):
 
     n: int
     clients: Tensor  # (m,) the clients hosted here
+    rank: int  # of this process
     serves: bool  # whether the server's half runs here
     meter: Meter
 
@@ -336,6 +337,10 @@ class Channel(Protocol):
 
     def collect(self, values: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
         """All clients' values and rows, in id order: for measuring, never counted."""
+        ...
+
+    def together(self, mine: Tensor) -> list[Tensor]:
+        """Every process's tensor, all of one shape and type, in rank order: for keeping house, never counted."""
         ...
 
 

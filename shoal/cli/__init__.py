@@ -8,8 +8,9 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,7 +20,7 @@ from rich.table import Table
 from shoal import __version__, compressors, data, kernels, methods, problems, report
 from shoal.cli import bench, mean, plan, race, reproduce, run, sweep
 from shoal.cli.options import With, app, err_console, fail, out_console
-from shoal.errors import ShoalError
+from shoal.errors import CheckpointWarning, ShoalError
 from shoal.experiments import sweep as sweeps
 from shoal.experiments.expressions import known_names
 from shoal.report import mean as means
@@ -104,8 +105,15 @@ def _root(
     pass
 
 
+def _note(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    """A warning as a line: what happened, and not where in the code."""
+    err_console.print(f"[bold]note:[/bold] {escape(' '.join(str(message).split()))}", soft_wrap=True, highlight=False)
+
+
 def main() -> None:
     """Run the command; every error that can be expected is one line and a non-zero exit."""
+    warnings.simplefilter("always", CheckpointWarning)
+    warnings.showwarning = _note  # type: ignore[assignment]
     kernels.when_compiling(lambda: err_console.print("compiling kernels (once: they are kept)", style="dim"))
     try:
         app()

@@ -7,7 +7,7 @@ import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 import typer
@@ -167,9 +167,13 @@ def _run(spec: RunSpec, out: Path, resuming: bool) -> None:
     }  # fmt: skip
     if replicated.started_by_torchrun():
         with replicated.connected(problem.n, digest(stored)) as channel:
-            first = channel.peers.rank == 0
-            place: dict[str, Any] = {"out": out, "resume": resuming} if first else {}
-            run = simulate(problem, method, channel=channel, **place, **options)
+            first = channel.rank == 0
+            try:
+                run = simulate(problem, method, channel=channel, out=out, resume=resuming, **options)
+            except KeyboardInterrupt:
+                if first:
+                    _interrupted(out)
+                raise SystemExit(130) from None
             words = f"{len(channel.shares)} ranks over gloo; this rank moved {channel.meter.moved:,} bytes"
         if not first:
             return
@@ -182,11 +186,15 @@ def _run(spec: RunSpec, out: Path, resuming: bool) -> None:
             run = simulate(problem, method, out=out, resume=resuming, record=_follow(bar, task, spec), **options)
         except KeyboardInterrupt:
             bar.stop()
-            if (out / "checkpoint.npz").exists():
-                fail(f"interrupted; go on with: shoal run --resume {shlex.quote(str(out))}", 130)
-            fail("interrupted.", 130)
+            _interrupted(out)
     _show(run, problem, out, "")
     _judge(run.result(), spec)
+
+
+def _interrupted(out: Path) -> NoReturn:
+    if any(out.glob("checkpoint-*.shoal")):
+        fail(f"interrupted; go on with: shoal run --resume {shlex.quote(str(out))}", 130)
+    fail("interrupted.", 130)
 
 
 def _judge(result: dict[str, Any], spec: RunSpec) -> None:

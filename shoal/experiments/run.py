@@ -6,10 +6,8 @@ import hashlib
 import json
 import math
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,8 +18,10 @@ from shoal import kernels
 from shoal.core import Channel, Method, Problem, Recorder, Row, State
 from shoal.descents import Step
 from shoal.errors import CheckpointCorrupt, ConfigError, NonFiniteError
+from shoal.experiments.checkpoint import Checkpoints
 from shoal.experiments.expressions import compact, known_names, parse
-from shoal.experiments.folder import Folder
+from shoal.experiments.folder import Folder, digest
+from shoal.experiments.interrupts import Interrupts, Pulse
 from shoal.messages import Round
 from shoal.rng import checked_seed
 from shoal.runtimes import Local, chunks, rounds
@@ -102,6 +102,7 @@ class Run:
     def save(self, path: str | Path) -> Path:
         """Write a run folder that `shoal report` reads."""
         folder = Folder(Path(path), self.facts)
+        folder.begin()
         for row in self.rows:
             folder.record(row)
         folder.finish(self.result())
@@ -114,32 +115,6 @@ def arrived(row: Row, first: Row, target: float | None) -> bool:
     Far out, the gradient of a bounded loss vanishes as well: a step size that throws the iterate there has won nothing.
     """
     return target is not None and row.grad_norm_sq <= target and row.value <= first.value
-
-
-class Interrupts:
-    """Ctrl-C and SIGTERM wait for the end of the round, so that a checkpoint is always of a whole one; the second
-    Ctrl-C does not wait."""
-
-    def __init__(self) -> None:
-        self.asked: int | None = None
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked is not None:
-            raise KeyboardInterrupt
-        self.asked = number
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Handlers in place; only the main thread can have any."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def prepare(
@@ -214,19 +189,22 @@ def execute(
     every: int = 1,
     chunk: int | None = None,
     folder: Folder | None = None,
+    checkpoints: Checkpoints | None = None,
     record: Recorder | None = None,
 ) -> tuple[list[Row], State, Stopped, str]:
     """Run until the target, the budget or divergence; rows, final state, why it stopped, and a note."""
-    rows: list[Row] = list(folder.rows) if folder else []
-    before, began = rows[-1].seconds if rows else 0.0, time.perf_counter()
-    state = None
-    if folder is not None and folder.state is not None:
+    state, rows = None, list[Row]()
+    if checkpoints is not None:
         x = problem.start()
         server, workers = method.init(x, Round.full(0, seed, channel.n, channel.clients))
-        state = folder.restore(State(0, x, server, workers, descent.init(x)))
-        if state is not None:
-            channel.meter = state.meter
-    interrupts, hosts_all = Interrupts(), len(channel.clients) == channel.n
+        found = checkpoints.load(State(0, x, server, workers, descent.init(x)))
+        if found is not None:
+            state, rows = found
+            channel.meter = replace(state.meter)
+    if folder is not None:
+        folder.begin(rows)
+    before, began = rows[-1].seconds if rows else 0.0, time.perf_counter()
+    interrupts, pulse = Interrupts(), Pulse(channel, state.index if state is not None else 0)
     with interrupts.held():
         events = rounds(method, descent, problem, channel, seed, state, chunk)
         while True:
@@ -262,10 +240,11 @@ def execute(
                 return rows, state, "target", ""
             if last:
                 return rows, state, "rounds" if limit is not None and k >= limit else "bits", ""
-            if folder is not None and (folder.due or interrupts.asked is not None) and hosts_all:
-                folder.checkpoint(state)
-            if interrupts.asked is not None:
-                raise KeyboardInterrupt if interrupts.asked == signal.SIGINT else SystemExit(143)
+            asked, due = pulse(k, interrupts.asked, checkpoints is not None and checkpoints.due)
+            if checkpoints is not None and (due or asked is not None):
+                checkpoints.save(state, rows)
+            if asked is not None:
+                raise KeyboardInterrupt if asked == signal.SIGINT else SystemExit(143)
 
 
 def simulate(
@@ -293,9 +272,9 @@ def simulate(
     (with f no higher than at the start, see `arrived`).
     step: "theory" or a number; multiple: times that. pl: the PL theorem's step size. every: measure every so many
     rounds. chunk: clients at a time (default: what keeps temporaries at 16 MiB). out: a run folder, checkpointed every
-    five seconds and on Ctrl-C; resume=True goes on from there and ends at the identical iterate. record: called with
-    each row. channel: where messages go (default: `Local`); a run over ranks is resumed by replaying it from round 0.
-    facts: stored in config.json beside the run's own settings.
+    five seconds and on Ctrl-C; resume=True goes on from there, on as many processes as there are now, and ends at the
+    identical iterate. record: called with each row. channel: where messages go (default: `Local`); every process gives
+    the same arguments, and the first one writes rows and result. facts: stored in config.json beside the settings.
     Raises ConfigError before anything runs if the parts do not fit together.
 
         >>> import shoal
@@ -310,24 +289,25 @@ def simulate(
     made = parse(method, known_names(), Method) if isinstance(method, str) else method
     budget: dict[str, Any] = {"rounds": rounds, "bits": bits, "target": target}
     ready, theory, gamma = prepare(problem, made, step=step, multiple=multiple, pl=pl, **budget)
-    label, descent, folder = compact(made), Step(gamma), None
+    label, descent, folder, checkpoints = compact(made), Step(gamma), None, None
     rule = "theory" if step == "theory" else "given"
     config: dict[str, Any] = {"problem": {"name": problem.name, "n": problem.n, "d": problem.d}, "method": label}
     config |= {"seed": seed, **budget, "step": {"rule": rule, "gamma": gamma, "multiple": multiple}, "every": every}
     channel = channel or Local(problem.n)
     if out is not None:
-        # Identity is what the problem computes: a repr may hold an address, or leave out the split.
-        config["problem"]["start"] = fingerprint(problem, chunk)
-        known = {"smoothness": {k: list(v) for k, v in problem.smoothness().facts().items()}, "title": label}
-        folder = Folder(Path(out), config, resume, {**known, "described": repr(problem), **(facts or {})})
-        if len(channel.clients) < problem.n:
-            folder.forget()  # a checkpoint of all clients is not one of this rank's: the run is replayed
+        if channel.rank == 0:
+            # Identity is what the problem computes: a repr may hold an address, or leave out the split.
+            config["problem"]["start"] = fingerprint(problem, chunk)
+            known = {"smoothness": {k: list(v) for k, v in problem.smoothness().facts().items()}, "title": label}
+            folder = Folder(Path(out), config, resume, {**known, "described": repr(problem), **(facts or {})})
+        identity = channel.together(torch.tensor(list(digest(config)), dtype=torch.uint8))[0]
+        checkpoints = Checkpoints(Path(out), bytes(identity.tolist()).hex(), channel)
     if len(channel.clients) < problem.n:
         problem = problem.only(channel.clients)
     try:
         rows, state, stopped, note = execute(
             problem, ready, descent, channel, seed=seed, limit=rounds, bits=bits, target=target, every=every,
-            chunk=chunk, folder=folder, record=record,
+            chunk=chunk, folder=folder, checkpoints=checkpoints, record=record,
         )  # fmt: skip
     except BaseException:  # whatever cut it, the rows so far are on the disk
         if folder is not None:
@@ -336,6 +316,8 @@ def simulate(
     run = Run(label, ready, theory, gamma, rows, state.x, stopped, note, target, config)
     if folder is not None:
         folder.finish(run.result())
+    if checkpoints is not None:
+        checkpoints.discard()
     return run
 
 

@@ -42,7 +42,7 @@ class Replicated(Local):
                 f"{peers.world} ranks for n={n} clients: a rank hosts at least one; start at most {n} ranks."
             )
         self.shares = torch.arange(n).tensor_split(peers.world)
-        self.clients, self.digest = self.shares[peers.rank], digest
+        self.rank, self.clients, self.digest = peers.rank, self.shares[peers.rank], digest
 
     def _all(self, mine: Tensor, rnd: Round | None = None) -> Tensor:
         """Every rank's rows of the round, in rank order, which is slot order. The shorter are padded with zeros."""
@@ -51,8 +51,9 @@ class Replicated(Local):
         most = max(counts)
         padded = torch.zeros((most, *mine.shape[1:]), dtype=mine.dtype)
         padded[: len(mine)] = mine
+        moved = self.peers.moved
         out = self.peers.all(padded)
-        self.meter.moved = self.peers.moved
+        self.meter.moved += self.peers.moved - moved
         return torch.cat([rows[:count] for rows, count in zip(out, counts, strict=True)])
 
     def gather(self, up: Messages, code: Compressor, rnd: Round) -> Messages:
@@ -68,9 +69,16 @@ class Replicated(Local):
 
     def collect(self, values: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
         """For measuring: not counted as moved either."""
-        moved = self.peers.moved
+        moved = self.peers.moved, self.meter.moved
         out = self._all(values), self._all(rows)
-        self.peers.moved = self.meter.moved = moved
+        self.peers.moved, self.meter.moved = moved
+        return out
+
+    def together(self, mine: Tensor) -> list[Tensor]:
+        """For keeping house: not counted as moved either."""
+        moved = self.peers.moved
+        out = self.peers.all(mine)
+        self.peers.moved = moved
         return out
 
 

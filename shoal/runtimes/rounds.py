@@ -89,7 +89,7 @@ class Watch:
 
 
 @cache
-def _row_fields(kind: type) -> frozenset[str]:
+def row_fields(kind: type) -> frozenset[str]:
     """The fields of a state that hold one row a hosted client."""
     return frozenset(name for name, hint in get_type_hints(kind, include_extras=True).items() if hint == Rows)
 
@@ -98,7 +98,7 @@ def take(state: Any, part: Hosted) -> Any:
     """The state of some of the hosted clients: their rows of every `Rows` field."""
     if state == ():
         return state
-    rows = _row_fields(type(state))  # type: ignore[arg-type]
+    rows = row_fields(type(state))  # type: ignore[arg-type]
     return type(state)(*(v[part] if f in rows else v for f, v in zip(state._fields, state, strict=True)))
 
 
@@ -106,7 +106,7 @@ def own(state: Any) -> Any:
     """The state with its rows copied, so that `put` may write into them: what was yielded stays what it was."""
     if state == ():
         return state
-    rows = _row_fields(type(state))  # type: ignore[arg-type]
+    rows = row_fields(type(state))  # type: ignore[arg-type]
     return type(state)(*(v.clone() if f in rows else v for f, v in zip(state._fields, state, strict=True)))
 
 
@@ -116,7 +116,7 @@ def put(state: Any, part: Hosted, new: Any) -> Any:
         return new
     fields = []
     for name, old, value in zip(state._fields, state, new, strict=True):
-        rows = name in _row_fields(type(state))  # type: ignore[arg-type]
+        rows = name in row_fields(type(state))  # type: ignore[arg-type]
         if rows and (isinstance(part, Tensor) or part != slice(0, len(old))):
             old[part] = value
             value = old
@@ -130,7 +130,7 @@ def _cohort(method: Method, workers: Any, rnd: Round) -> Round:
     if members is None:
         return rnd
     rnd = rnd.among(members)
-    rows = workers != () and _row_fields(type(workers))  # type: ignore[arg-type]
+    rows = workers != () and row_fields(type(workers))  # type: ignore[arg-type]
     if rows and bool((members.diff() == 0).any()):
         raise ConfigError(
             f"{method!r}, round {rnd.index}: cohort {members.tolist()} names a client twice, and its workers have rows "
