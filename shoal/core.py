@@ -18,13 +18,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from shoal import kernels
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, NonFiniteError
 from shoal.messages import Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats
 from shoal.theory import AB, Setting, Smoothness, StepSize, independent
 
@@ -196,6 +196,8 @@ class Method(ABC):
     field one value that all hosted workers share.
     """
 
+    spares = False  # whether server and workers stay in step where a client of the cohort sends nothing in a round
+
     def check(self, n: int, d: int) -> None:  # noqa: B027
         """Raise ConfigError if the method cannot run at this n and d; called before anything runs."""
 
@@ -297,6 +299,9 @@ class Problem(ABC):
 
 
 # ------------------------------------------------------------------------------------------------ runtimes
+OnNonFinite = Literal["raise", "skip", "drop"]  # what becomes of a round in which a client has a NaN or an infinity
+
+
 @dataclass
 class Meter:
     """Bytes since round 0, over all clients: payload, the same in frames, and what a real network moved."""
@@ -323,6 +328,10 @@ class Channel(Protocol):
     serves: bool  # whether the server's half runs here
     meter: Meter
 
+    def open(self, config: dict[str, Any]) -> None:
+        """Before the first round: raises ConfigMismatch in every process unless all have this config."""
+        ...
+
     def scatter(self, down: Messages | None, rnd: Round) -> Messages:
         """Server to workers: the one row for all, or the rows of the clients hosted here."""
         ...
@@ -333,6 +342,11 @@ class Channel(Protocol):
 
     def agree(self, values: Tensor, rnd: Round) -> float:
         """The maximum of one float32 scalar a client, over all clients."""
+        ...
+
+    def fail(self, error: NonFiniteError, rnd: Round) -> NoReturn:
+        """Instead of the next of these calls, where a hosted client has nothing finite to send: every process raises
+        one NonFiniteError that names all such clients."""
         ...
 
     def collect(self, values: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
@@ -374,10 +388,14 @@ class State:
 
 @dataclass(frozen=True)
 class Event:
-    """x^index, before round `index` runs. `measured` evaluates f and grad f there, once, when asked."""
+    """x^index, before round `index` runs. `measured` evaluates f and grad f there, once, when asked.
+
+    `fault` is what the round before went without: it was skipped, or clients were left out of it.
+    """
 
     state: State
     evaluate: Callable[[Vector], tuple[float, float]]
+    fault: NonFiniteError | None = None
 
     @cached_property
     def measured(self) -> tuple[float, float]:

@@ -15,18 +15,25 @@
         │   ├── LengthError           it is shorter or longer than it must be
         │   ├── ChecksumError         its bytes changed on the way
         │   └── PayloadError          its payload does not decode to a message
+        ├── PeerLost                  ranks of the group cannot go on together: `ranks`, `round`
+        │   ├── PeerDied              these ranks are gone: killed, crashed, or stopped by an error of their own
+        │   └── PeerTimeout           these ranks have not answered for as long as was allowed
+        ├── QuorumLost                too few are left for the round to mean anything
         └── CheckpointError           a checkpoint cannot be used
             ├── CheckpointCorrupt     the file is damaged or incomplete
             ├── CheckpointWriteFailed (also OSError) a file of a run could not be written; what was there is as it was
             └── ResumeMismatch        the file is sound and belongs to another run
 
 Every message names the offending value, the rule it breaks and the mend. The classes carry no behavior: what
-distinguishes them is what a caller may do next (mend the settings, drop the frame, start afresh).
+distinguishes them is what a caller may do next (mend the settings, drop the frame, start afresh). Some name whom they
+are about: the clients of a NonFiniteError, the ranks and the round of a PeerLost.
 
 `CheckpointWarning` (a UserWarning) says that a damaged checkpoint was passed over for an older one.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 __all__ = [
     "BadMagic",
@@ -41,6 +48,10 @@ __all__ = [
     "LengthError",
     "NonFiniteError",
     "PayloadError",
+    "PeerDied",
+    "PeerLost",
+    "PeerTimeout",
+    "QuorumLost",
     "ResumeMismatch",
     "RoundMismatch",
     "ShoalError",
@@ -62,7 +73,11 @@ class DataError(ConfigError):
 
 
 class NonFiniteError(ShoalError, ArithmeticError):
-    """A NaN or an infinity stands where a finite number is needed."""
+    """A NaN or an infinity stands where a finite number is needed; `clients` have it, where that is known."""
+
+    def __init__(self, message: str, clients: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.clients = tuple(clients)
 
 
 class WireError(ShoalError, ValueError):
@@ -95,6 +110,26 @@ class ChecksumError(WireError):
 
 class PayloadError(WireError):
     """The frame is intact and its payload does not decode to a valid message."""
+
+
+class PeerLost(ShoalError):
+    """Ranks of the group cannot go on together: `ranks` are lost, in `round` (None before the first)."""
+
+    def __init__(self, message: str, ranks: Iterable[int] = (), round: int | None = None) -> None:
+        super().__init__(message)
+        self.ranks, self.round = tuple(ranks), round
+
+
+class PeerDied(PeerLost):
+    """Ranks are gone: killed, crashed, or stopped by an error of their own."""
+
+
+class PeerTimeout(PeerLost):
+    """Ranks have not answered for as long as was allowed: stopped, cut off, or far too slow."""
+
+
+class QuorumLost(ShoalError):
+    """Too few are left for the round to mean anything."""
 
 
 class CheckpointError(ShoalError):

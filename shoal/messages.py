@@ -186,11 +186,18 @@ def measured_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 
     factor, top = gain(u.shape[1]), kernels.of(u).maxes(u)
     if not within(top, factor):
         bad = ~(top.double() * factor <= FLOAT_MAX)
-        at, value = int(rnd.clients[bad][0]), float(top[bad][0])
-        who = "the server" if at == int(rng.SERVER) else f"client {at}"
+        value = float(top[bad][0])
         what = f"overflows float32 when scaled by {factor:g}" if value < float("inf") else "is not finite"
-        raise NonFiniteError(f"{who}, round {rnd.index}: an entry of magnitude {value:g} {what}.")
+        raise not_finite(bad, rnd, f"an entry of magnitude {value:g} {what}")
     return u, top
+
+
+def not_finite(bad: Tensor, rnd: Round, what: str) -> NonFiniteError:
+    """The error about the rows that are `bad` (m,) bool: says `what` of the first, and knows all their clients."""
+    clients = rnd.clients[bad].tolist()
+    if clients[0] == int(rng.SERVER):
+        return NonFiniteError(f"the server, round {rnd.index}: {what}.")
+    return NonFiniteError(f"client {clients[0]}, round {rnd.index}: {what}.", clients)
 
 
 def within(r: Tensor, gain: float = 1.0) -> bool:

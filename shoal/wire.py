@@ -20,9 +20,11 @@ All little-endian. The whole of a message's bits is 8 (64 + payload bytes) when 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import struct
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +38,11 @@ DOWN, UP = 0, 1
 PADDING = 12
 _FIELDS = struct.Struct(f"<4sHBBIIIIQQ8sI{PADDING}x")
 _MAGIC = b"SHOL"
+
+
+def digest(config: dict[str, Any]) -> bytes:
+    """8 bytes of the SHA-256 of a config: what ranks and checkpoints compare."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).digest()[:8]
 
 
 class Stamp(NamedTuple):

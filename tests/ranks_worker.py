@@ -38,7 +38,7 @@ def refused() -> str:
 def main() -> None:
     """Traces of all jobs; every rank's are gathered and must be equal before rank 0 prints them."""
     torch.set_num_threads(1)
-    with connected(zoo.MIXED.n, DIGEST):
+    with connected(zoo.MIXED.n, {"tests": "the zoo"}):
         mine = {name: job(lambda: TappedReplicated(zoo.MIXED.n, DIGEST)) for name, job in zoo.jobs().items()}
         short = TappedReplicated(zoo.MIXED.n, DIGEST)
         zoo.trace(zoo.MIXED, zoo.GD(), lambda: short, length=2, measure=False)

@@ -244,6 +244,7 @@ def test_a_writer_that_is_interrupted_leaves_the_old_file(small):
 
 # ------------------------------------------------------------------------------------------------ sets of shares
 N, ROUNDS = 5, 12
+FAULTS = [{"round": 3, "clients": [1], "said": "naïve", "policy": "skip"}]
 STATEFUL = list({type(m): m for m in reversed(zoo.METHODS)}.values())  # one of each kind
 
 
@@ -313,13 +314,14 @@ def test_any_number_of_processes_goes_on_from_any_other(tmp_path, method):
 
         def save(channel, folder=folder):
             mine = replace(hosted(last, channel), meter=replace(last.meter, moved=100 + channel.rank))
-            Checkpoints(folder, "d", channel).save(mine, rows_until(4))
+            Checkpoints(folder, "d", channel).save(mine, rows_until(4), FAULTS)
 
         assert Ranks(before).each(save) == [None] * before
         for after in (1, 2, 3):
             ranks = Ranks(after)
             found = ranks.each(lambda c, folder=folder: Checkpoints(folder, "d", c).load(hosted(fresh, c)))
-            for rank, (state, rows) in enumerate(found):
+            for rank, (state, rows, faults) in enumerate(found):
+                assert faults == FAULTS
                 assert equal(state, hosted(last, ranks.channel(rank)))
                 assert state.meter.moved == (100 + rank if after == before else 0)
                 assert repr(rows) == repr(rows_until(4))
@@ -421,6 +423,8 @@ def test_a_forged_manifest_is_refused(two_sets):
             assert isinstance(found, CheckpointCorrupt), changed
     for name, tensor in held.tensors.items():
         others = [None, tensor[:-1] if tensor.ndim else tensor[None], tensor.to(torch.int32)]
+        if name == "faults":
+            others = [None, tensor[:-1], torch.full_like(tensor, 91).expand(10**5, -1).flatten()[: 10**5]]
         if name == "rows":
             others = [None, tensor.flatten(), torch.full_like(tensor, math.nan), tensor[:, 1:]]
         for other in others:

@@ -34,7 +34,8 @@ NAMES = {
     errors: [
         "BadMagic", "CheckpointCorrupt", "CheckpointError", "CheckpointWarning", "CheckpointWriteFailed",
         "ChecksumError", "ConfigError", "ConfigMismatch", "DataError", "LengthError", "NonFiniteError", "PayloadError",
-        "ResumeMismatch", "RoundMismatch", "ShoalError", "VersionMismatch", "WireError",
+        "PeerDied", "PeerLost", "PeerTimeout", "QuorumLost", "ResumeMismatch", "RoundMismatch", "ShoalError",
+        "VersionMismatch", "WireError",
     ],
 }  # fmt: skip
 KINDS = [(compressors, Compressor, zoo.COMPRESSORS), (methods, Method, zoo.METHODS), (problems, Problem, zoo.PROBLEMS)]

@@ -29,6 +29,7 @@ from shoal.messages import Messages, Round, Rows
 from shoal.methods import DCGD, EF21, GD, Diana, Marina
 from shoal.runtimes import Local, rounds
 from shoal.runtimes.rounds import Watch, chunks
+from shoal.runtimes.signals import SIZE
 from shoal.wire import HEADER
 
 every = pytest.mark.parametrize("method", METHODS, ids=repr)
@@ -216,7 +217,7 @@ def test_ranks_are_the_simulator_bit_for_bit(world, hosted):
     """Every method of the zoo, on every rank: payloads, iterates, measured values, counted payload.
 
     Beside it: five clients are shared out evenly, two rounds of GD move two frames of 48 + 64 bytes for each place of
-    the largest share to each other rank, and more ranks than clients are refused.
+    the largest share to each other rank, behind a signal, and more ranks than clients are refused.
     """
     found = ranks(world)
     expected = {name: job(lambda: TappedLocal(5)) for name, job in zoo.jobs().items()}
@@ -225,7 +226,8 @@ def test_ranks_are_the_simulator_bit_for_bit(world, hosted):
         different = [name for name, seen in traces.items() if seen != expected[name]]
         assert not different, f"rank {rank} of {world}"
     assert found["hosted"] == hosted
-    assert found["moved"] == [2 * hosted[0] * (48 + HEADER) * (world - 1)] * world
+    signal = SIZE + len("messages of Dense(), d=12, torch.uint8")
+    assert found["moved"] == [2 * (hosted[0] * (48 + HEADER) + signal) * (world - 1)] * world
     assert all(f"{world} ranks for n={world - 1}" in said for said in found["refused"])
 
 

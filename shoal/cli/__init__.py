@@ -20,7 +20,7 @@ from rich.table import Table
 from shoal import __version__, compressors, data, kernels, methods, problems, report
 from shoal.cli import bench, mean, plan, race, reproduce, run, sweep
 from shoal.cli.options import With, app, err_console, fail, out_console
-from shoal.errors import CheckpointWarning, ShoalError
+from shoal.errors import CheckpointWarning, PeerLost, ShoalError
 from shoal.experiments import sweep as sweeps
 from shoal.experiments.expressions import known_names
 from shoal.report import mean as means
@@ -110,6 +110,12 @@ def _note(message: Warning | str, category: type[Warning], filename: str, lineno
     err_console.print(f"[bold]note:[/bold] {escape(' '.join(str(message).split()))}", soft_wrap=True, highlight=False)
 
 
+def _speaker(error: ShoalError) -> int:
+    """The rank that says for all what happened: the first that is not lost."""
+    lost = error.ranks if isinstance(error, PeerLost) else ()
+    return next(rank for rank in range(len(lost) + 1) if rank not in lost)
+
+
 def main() -> None:
     """Run the command; every error that can be expected is one line and a non-zero exit."""
     warnings.simplefilter("always", CheckpointWarning)
@@ -118,7 +124,7 @@ def main() -> None:
     try:
         app()
     except ShoalError as error:
-        if not started_by_torchrun() or os.environ["RANK"] == "0":
+        if not started_by_torchrun() or int(os.environ["RANK"]) == _speaker(error):
             fail(error)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

@@ -44,13 +44,15 @@ from shoal.cli.options import (
     out_console,
     stored_spec,
 )  # fmt: skip
-from shoal.core import Method, Problem, Row
+from shoal.core import Method, OnNonFinite, Problem, Row
 from shoal.errors import ConfigError
 from shoal.experiments.expressions import compact, known_names, parse
-from shoal.experiments.folder import digest, make_folder
+from shoal.experiments.folder import make_folder, versions
 from shoal.experiments.run import Run, load_result, prepare, simulate
 from shoal.experiments.spec import ProblemSpec, RunSpec
-from shoal.runtimes import replicated
+from shoal.runtimes import checked_policy, replicated
+from shoal.runtimes.group import checked_timeout
+from shoal.runtimes.lines import TIMEOUT
 
 
 @app.command()
@@ -79,6 +81,11 @@ def run(
     similarity: Similarity = None,
     every: Annotated[int, typer.Option(help="Measure f and ‖∇f‖² every so many rounds.")] = 1,
     chunk: Annotated[int | None, typer.Option(help="Clients at a time (memory; the bits do not depend on it).")] = None,
+    on_nonfinite: Annotated[
+        OnNonFinite,
+        typer.Option(help="A round in which a client has a NaN: raise ends the run, skip, drop the client."),
+    ] = "raise",
+    timeout: Annotated[float, typer.Option(help="Seconds that a rank waits for another.")] = TIMEOUT,
     with_file: With = None,
     out: Out = None,
     resume: Annotated[
@@ -91,7 +98,7 @@ def run(
     [bold]shoal run quadratics "EF21(TopK(10))" -n 6 -d 200 --noise 0.3 --lam 0.01 --rounds 300 --ranks 3[/bold]
     """
     if resume is not None:
-        spec, out = RunSpec.of(**stored_spec(context, resume, "run", {"ranks"})), resume
+        spec, out = RunSpec.of(**stored_spec(context, resume, "run", {"ranks", "timeout"})), resume
     else:
         if not method:
             raise ConfigError("which METHOD? For example: shoal run phishing 'Marina(Correlated())' --rounds 500")
@@ -102,9 +109,10 @@ def run(
         spec = RunSpec.of(
             problem=described, method=method, rounds=1000 if rounds is None and bits is None else rounds, bits=bits,
             target=target, seed=seed, step=_step(step), multiple=multiple, pl=pl, every=every, chunk=chunk,
-            files=tuple(with_file or ()),
+            on_nonfinite=on_nonfinite, files=tuple(with_file or ()),
         )  # fmt: skip
         out = out or new_folder("run", spec.problem.name)
+    checked_timeout(timeout)
     if ranks and not replicated.started_by_torchrun():
         _check(spec, ranks, out, resuming=resume is not None)
         status = replicated.launch(ranks, _again(context, out))
@@ -113,7 +121,7 @@ def run(
         # Here and not in a rank: torchrun reports every other status than 0 as a crash.
         _judge(load_result(out) or {}, spec)
         return
-    _run(spec, out, resuming=resume is not None)
+    _run(spec, out, resuming=resume is not None, timeout=timeout)
 
 
 def _step(text: str) -> float | Literal["theory"]:
@@ -147,6 +155,7 @@ def _objects(spec: RunSpec) -> tuple[Any, Method]:
 def _check(spec: RunSpec, ranks: int, out: Path, resuming: bool) -> None:
     """What can be wrong is said here, once, and not by every rank."""
     problem, method = _objects(spec)
+    checked_policy(spec.on_nonfinite, method)
     if not 1 <= ranks <= problem.n:
         raise ConfigError(f"--ranks {ranks} for n={problem.n} clients: from 1 to {problem.n}, since a rank hosts one.")
     prepare(
@@ -157,16 +166,17 @@ def _check(spec: RunSpec, ranks: int, out: Path, resuming: bool) -> None:
         make_folder(out)
 
 
-def _run(spec: RunSpec, out: Path, resuming: bool) -> None:
+def _run(spec: RunSpec, out: Path, resuming: bool, timeout: float) -> None:
     torch.set_num_threads(1)
     problem, method = _objects(spec)
     stored = json.loads(spec.model_dump_json())
     options: dict[str, Any] = {
         "rounds": spec.rounds, "bits": spec.bits, "target": spec.target, "seed": spec.seed, "step": spec.step,
         "multiple": spec.multiple, "pl": spec.pl, "every": spec.every, "chunk": spec.chunk, "facts": {"spec": stored},
+        "on_nonfinite": spec.on_nonfinite,
     }  # fmt: skip
     if replicated.started_by_torchrun():
-        with replicated.connected(problem.n, digest(stored)) as channel:
+        with replicated.connected(problem.n, stored | {"versions": versions()}, timeout=timeout) as channel:
             first = channel.rank == 0
             try:
                 run = simulate(problem, method, channel=channel, out=out, resume=resuming, **options)
@@ -239,6 +249,11 @@ def _show(run: Run, problem: Problem, out: Path, place: str) -> None:
         "sha256(x)": run.sha256,
         "folder": str(out),
     }  # fmt: skip
+    if run.faults:
+        said = run.faults[0]["said"]
+        lines["faults"] = (
+            f"{len(run.faults)} rounds with something that is not finite, {run.faults[0]['policy']}: {said}"
+        )
     if place:
         lines["place"] = place
     for name, value in lines.items():

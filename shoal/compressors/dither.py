@@ -17,15 +17,26 @@ from torch import Tensor
 
 from shoal import kernels
 from shoal.core import Unbiased
-from shoal.errors import ConfigError, NonFiniteError, PayloadError
-from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, as_floats, checked_rows, shaped_rows, within
+from shoal.errors import ConfigError, PayloadError
+from shoal.messages import (
+    FLOAT_MAX,
+    Messages,
+    Round,
+    Rows,
+    Vector,
+    as_floats,
+    checked_rows,
+    not_finite,
+    shaped_rows,
+    within,
+)
 
 
 def checked_scale(r: Tensor, rnd: Round, gain: float = 1.0) -> Tensor:
     """r, if gain r is finite: the norm of finite rows can overflow. Raises NonFiniteError naming the client."""
     if not within(r, gain):
         bad = ~(r.double() * gain <= FLOAT_MAX)
-        raise NonFiniteError(f"client {int(rnd.clients[bad][0])}, round {rnd.index}: the norm overflows float32.")
+        raise not_finite(bad, rnd, "the norm overflows float32")
     return r
 
 

@@ -17,8 +17,8 @@ from shoal import kernels, rng
 from shoal.compressors.correlated import Correlated
 from shoal.compressors.dither import ScaledCodes
 from shoal.core import Compressor, Unbiased
-from shoal.errors import ConfigError, NonFiniteError, PayloadError
-from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, checked_rows
+from shoal.errors import ConfigError, PayloadError
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, checked_rows, not_finite
 from shoal.theory import AB, independent
 
 
@@ -35,8 +35,7 @@ def checked_norms(u: Rows, rnd: Round, gain: float) -> Rows:
     norms = kernels.of(u).norms(u)
     bad = ~(norms.double() * gain <= FLOAT_MAX)
     if bool(bad.any()):
-        who, norm = int(rnd.clients[bad][0]), float(norms[bad][0])
-        raise NonFiniteError(f"client {who}, round {rnd.index}: a norm of {norm:g} overflows float32 times {gain:g}.")
+        raise not_finite(bad, rnd, f"a norm of {float(norms[bad][0]):g} overflows float32 times {gain:g}")
     return u
 
 

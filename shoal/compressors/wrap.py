@@ -20,8 +20,8 @@ from shoal.compressors.blocks import Dealt, Listed, alike, cut, dealt_bound
 from shoal.compressors.permk import PermK
 from shoal.compressors.sparse import RandK, kept
 from shoal.core import Compressor, Unbiased
-from shoal.errors import ConfigError, LengthError, NonFiniteError, PayloadError
-from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, checked_rows
+from shoal.errors import ConfigError, LengthError, PayloadError
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, checked_rows, not_finite
 from shoal.theory import AB, independent
 
 PAGE = "docs/derivations/composition.md"
@@ -126,8 +126,7 @@ class Composed(Compressor):
         top = kernels.of(sent.payload).maxes(self.inner.decode(sent, rnd))
         bad = ~(top.double() * scale <= FLOAT_MAX)
         if bool(bad.any()):
-            who = int(rnd.clients[bad][0])
-            raise NonFiniteError(f"client {who}, round {rnd.index}: what {self!r} sends overflows float32.")
+            raise not_finite(bad, rnd, f"what {self!r} sends overflows float32")
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Dealt | Listed, float]:
         d, n = msgs.d, rnd.cohort

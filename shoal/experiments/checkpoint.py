@@ -12,6 +12,7 @@ resumed run may do, never takes a set apart. All files are `shoal.container`s.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import time
@@ -34,6 +35,9 @@ EVERY = 5.0  # seconds
 MANIFEST = re.compile(r"checkpoint-(\d{1,15})\.shoal")
 ANY = re.compile(r"\.?checkpoint-(\d{1,15})\.(\d+of\d+\.)?shoal(\.\d+)?")  # a killed process leaves hidden ones
 PARTS = ("server", "workers", "descent")
+
+
+Found = tuple[State, list[Row], list[dict[str, Any]]]  # with the rows until then, and the rounds that went wrong
 
 
 def _named(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -82,7 +86,7 @@ class Checkpoints:
         return self.path / f"checkpoint-{index}.{rank}of{world}.shoal"
 
     # -------------------------------------------------------------------------------------------- writing
-    def save(self, state: State, rows: Sequence[Row]) -> None:
+    def save(self, state: State, rows: Sequence[Row], faults: Sequence[dict[str, Any]] = ()) -> None:
         """Every process writes its share; when all are on the disk, the first one writes the manifest."""
         shared, hosted = _named(state)
         ids, index = self.channel.clients, state.index
@@ -98,7 +102,8 @@ class Checkpoints:
             meta["moved"] = [moved for (_, moved, _, _), _ in told]
             meta["shares"] = [[lo, hi, bytes(sha.tolist()).hex()] for (_, _, lo, hi), sha in told]
             table = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(Row._fields))
-            _, failure = self._written(self._manifest(index), meta, {**shared, "rows": table})
+            said = torch.tensor(list(json.dumps(list(faults)).encode()), dtype=torch.uint8)
+            _, failure = self._written(self._manifest(index), meta, {**shared, "rows": table, "faults": said})
             if failure is None:
                 self._prune(index)
         ended = self.channel.together(torch.tensor([_number(failure)]))[0]
@@ -145,7 +150,7 @@ class Checkpoints:
             self._remove(self._files())
 
     # -------------------------------------------------------------------------------------------- reading
-    def load(self, fresh: State) -> tuple[State, list[Row]] | None:
+    def load(self, fresh: State) -> Found | None:
         """The newest set that is whole for every process, in the form of `fresh`, with the rows until then; None where
         there is none. A damaged set is passed over, with a CheckpointWarning."""
         newest = sorted((k for p, k in self._files().items() if MANIFEST.fullmatch(p.name)), reverse=True)
@@ -166,7 +171,7 @@ class Checkpoints:
             raise CheckpointCorrupt(f"{failed[0]} Delete {self.path}/checkpoint-* to begin the run again.")
         return None
 
-    def _read(self, index: int, fresh: State) -> tuple[State, list[Row]]:
+    def _read(self, index: int, fresh: State) -> Found:
         path = self._manifest(index)
         held = self._opened(path, index)
         shared, hosted = _named(fresh)
@@ -175,14 +180,16 @@ class Checkpoints:
             moved = [_count(number) for number in held.meta["moved"]]
             shares = [(_count(lo), _count(hi), bytes.fromhex(sha)) for lo, hi, sha in held.meta["shares"]]
             rows = [Row(int(row[0]), *row[1:]) for row in held.tensors["rows"].tolist()]
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            faults = [dict(fault) for fault in json.loads(bytes(held.tensors["faults"].tolist()))]
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise CheckpointCorrupt(f"{path}: it is no manifest ({error}).") from None
         tensors = {name: _like(held, name, like, path) for name, like in shared.items()}
         if [lo for lo, _, _ in shares] != [0, *(hi for _, hi, _ in shares[:-1])] or shares[-1][1] != self.channel.n:
             raise CheckpointCorrupt(f"{path}: its shares do not make {self.channel.n} clients.")
         tensors |= self._rows(index, shares, hosted)
         same = len(moved) == self.world
-        return _filled(fresh, index, tensors, replace(meter, moved=moved[self.channel.rank] if same else 0)), rows
+        meter = replace(meter, moved=moved[self.channel.rank] if same else 0)
+        return _filled(fresh, index, tensors, meter), rows, faults
 
     def _opened(self, path: Path, index: int) -> Contents:
         held = read(path)

@@ -5,7 +5,6 @@ Files appear whole: each is written beside its name and moved there.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -37,11 +36,6 @@ def versions() -> dict[str, str]:
 def machine() -> str:
     """The machine in a line."""
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-
-
-def digest(config: dict[str, Any]) -> bytes:
-    """8 bytes of the SHA-256 of a config: what ranks and checkpoints compare."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).digest()[:8]
 
 
 def write_json(path: Path, value: Any) -> None:

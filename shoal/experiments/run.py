@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from shoal import kernels
-from shoal.core import Channel, Method, Problem, Recorder, Row, State
+from shoal.core import Channel, Method, OnNonFinite, Problem, Recorder, Row, State
 from shoal.descents import Step
 from shoal.errors import CheckpointCorrupt, ConfigError, NonFiniteError
 from shoal.experiments.checkpoint import Checkpoints
 from shoal.experiments.expressions import compact, known_names, parse
-from shoal.experiments.folder import Folder, digest
+from shoal.experiments.folder import Folder
 from shoal.experiments.interrupts import Interrupts, Pulse
 from shoal.messages import Round
 from shoal.rng import checked_seed
-from shoal.runtimes import Local, chunks, rounds
+from shoal.runtimes import Local, checked_policy, chunks, rounds
 from shoal.theory import Setting, StepSize
+from shoal.wire import digest
 
 if TYPE_CHECKING:
     import pyarrow
@@ -48,6 +49,7 @@ class Run:
     stopped: Stopped
     note: str = ""
     target: float | None = None
+    faults: list[dict[str, Any]] = field(default_factory=list)  # rounds that were skipped, or held without some clients
     facts: dict[str, Any] = field(default_factory=dict, repr=False)  # problem, seed, budget: what config.json holds
 
     @property
@@ -64,7 +66,7 @@ class Run:
         """What result.json holds."""
         used = {k: (float(v) if isinstance(v, float) else v) for k, v in self.step.constants.items()}
         facts = {"sha256": self.sha256, "rounds": self.rows[-1].round, "stopped": self.stopped, "note": self.note}
-        facts |= {"method": self.label, "resolved": compact(self.method), "gamma": self.gamma}
+        facts |= {"faults": self.faults, "method": self.label, "resolved": compact(self.method), "gamma": self.gamma}
         return (
             facts
             | {"theorem": self.step.theorem, "constants": used}
@@ -191,22 +193,26 @@ def execute(
     folder: Folder | None = None,
     checkpoints: Checkpoints | None = None,
     record: Recorder | None = None,
+    on_nonfinite: OnNonFinite = "raise",
+    faults: list[dict[str, Any]] | None = None,
 ) -> tuple[list[Row], State, Stopped, str]:
-    """Run until the target, the budget or divergence; rows, final state, why it stopped, and a note."""
-    state, rows = None, list[Row]()
+    """Run until the target, the budget or divergence; rows, final state, why it stopped, and a note. Rounds that were
+    skipped, or held without some clients, are appended to `faults`."""
+    state, rows, faults = None, list[Row](), [] if faults is None else faults
     if checkpoints is not None:
         x = problem.start()
         server, workers = method.init(x, Round.full(0, seed, channel.n, channel.clients))
         found = checkpoints.load(State(0, x, server, workers, descent.init(x)))
         if found is not None:
-            state, rows = found
+            state, rows, past = found
+            faults.extend(past)
             channel.meter = replace(state.meter)
     if folder is not None:
         folder.begin(rows)
     before, began = rows[-1].seconds if rows else 0.0, time.perf_counter()
     interrupts, pulse = Interrupts(), Pulse(channel, state.index if state is not None else 0)
     with interrupts.held():
-        events = rounds(method, descent, problem, channel, seed, state, chunk)
+        events = rounds(method, descent, problem, channel, seed, state, chunk, on_nonfinite)
         while True:
             try:
                 event = next(events)
@@ -221,6 +227,9 @@ def execute(
                         folder.record(rows[-1])
                 return rows, state, "diverged", str(error)
             state = event.state
+            if event.fault is not None:
+                fault = {"round": state.index - 1, "clients": list(event.fault.clients), "said": str(event.fault)}
+                faults.append(fault | {"policy": on_nonfinite})
             k, spent = state.index, state.meter.bits(channel.n)
             last = (limit is not None and k >= limit) or (bits is not None and spent["up_bits"] >= bits)
             if (k % every == 0 or last) and not (rows and rows[-1].round >= k):
@@ -242,7 +251,7 @@ def execute(
                 return rows, state, "rounds" if limit is not None and k >= limit else "bits", ""
             asked, due = pulse(k, interrupts.asked, checkpoints is not None and checkpoints.due)
             if checkpoints is not None and (due or asked is not None):
-                checkpoints.save(state, rows)
+                checkpoints.save(state, rows, faults)
             if asked is not None:
                 raise KeyboardInterrupt if asked == signal.SIGINT else SystemExit(143)
 
@@ -265,6 +274,7 @@ def simulate(
     record: Callable[[Row], None] | None = None,
     channel: Channel | None = None,
     facts: dict[str, Any] | None = None,
+    on_nonfinite: OnNonFinite = "raise",
 ) -> Run:
     """Simulate a method on a problem, all n clients in this process.
 
@@ -275,6 +285,8 @@ def simulate(
     five seconds and on Ctrl-C; resume=True goes on from there, on as many processes as there are now, and ends at the
     identical iterate. record: called with each row. channel: where messages go (default: `Local`); every process gives
     the same arguments, and the first one writes rows and result. facts: stored in config.json beside the settings.
+    on_nonfinite: what becomes of a round in which a client has a NaN or an infinity: "raise" (the run ends, diverged),
+    "skip" it, "drop" the client from it (docs/faults.md).
     Raises ConfigError before anything runs if the parts do not fit together.
 
         >>> import shoal
@@ -288,12 +300,18 @@ def simulate(
         raise ConfigError(f"every={every!r}, chunk={chunk!r}: integers, both count from 1.")
     made = parse(method, known_names(), Method) if isinstance(method, str) else method
     budget: dict[str, Any] = {"rounds": rounds, "bits": bits, "target": target}
+    checked_policy(on_nonfinite, made)
     ready, theory, gamma = prepare(problem, made, step=step, multiple=multiple, pl=pl, **budget)
     label, descent, folder, checkpoints = compact(made), Step(gamma), None, None
     rule = "theory" if step == "theory" else "given"
     config: dict[str, Any] = {"problem": {"name": problem.name, "n": problem.n, "d": problem.d}, "method": label}
     config |= {"seed": seed, **budget, "step": {"rule": rule, "gamma": gamma, "multiple": multiple}, "every": every}
+    config["on_nonfinite"] = on_nonfinite
     channel = channel or Local(problem.n)
+    if len(channel.clients) < problem.n:
+        # To six digits: what machines may differ in is the last bits, and those of gamma decide.
+        constants = {k: f"{v:.6g}" for k, (v, _) in problem.smoothness().facts().items()}
+        channel.open(config | {"resolved": compact(ready), "constants": constants})
     if out is not None:
         if channel.rank == 0:
             # Identity is what the problem computes: a repr may hold an address, or leave out the split.
@@ -304,16 +322,18 @@ def simulate(
         checkpoints = Checkpoints(Path(out), bytes(identity.tolist()).hex(), channel)
     if len(channel.clients) < problem.n:
         problem = problem.only(channel.clients)
+    faults: list[dict[str, Any]] = []
     try:
         rows, state, stopped, note = execute(
             problem, ready, descent, channel, seed=seed, limit=rounds, bits=bits, target=target, every=every,
-            chunk=chunk, folder=folder, checkpoints=checkpoints, record=record,
+            chunk=chunk, folder=folder, checkpoints=checkpoints, record=record, on_nonfinite=on_nonfinite,
+            faults=faults,
         )  # fmt: skip
     except BaseException:  # whatever cut it, the rows so far are on the disk
         if folder is not None:
             folder.close()
         raise
-    run = Run(label, ready, theory, gamma, rows, state.x, stopped, note, target, config)
+    run = Run(label, ready, theory, gamma, rows, state.x, stopped, note, target, faults, config)
     if folder is not None:
         folder.finish(run.result())
     if checkpoints is not None:

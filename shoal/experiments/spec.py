@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shoal import data, heart
-from shoal.core import Problem
+from shoal.core import OnNonFinite, Problem
 from shoal.errors import ConfigError
 from shoal.experiments.expressions import known_names, parse
 from shoal.problems import Autoencoder, Classification, Quadratics
@@ -110,6 +110,7 @@ class RunSpec(Spec):
     pl: bool = False
     every: int = Field(default=1, ge=1)
     chunk: int | None = Field(default=None, ge=1)
+    on_nonfinite: OnNonFinite = "raise"
     files: tuple[str, ...] = ()
 
 

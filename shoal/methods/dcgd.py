@@ -28,6 +28,7 @@ class DCGD(Method):
     References: arXiv:2002.03329.
     """
 
+    spares = True  # nothing is remembered: g is the mean of those who are there
     compressor: Compressor
 
     def __post_init__(self) -> None:

@@ -37,6 +37,7 @@ class Diana(Method):
     References: arXiv:1901.09269.
     """
 
+    spares = True  # a missing m_i is 0: the server goes on with h_i, which stays as it is at the client too
     compressor: Compressor
     shift: float | None = None
 
@@ -88,4 +89,6 @@ class Diana(Method):
         return Worker(worker.h + self._shift(sent.d) * self.compressor.decode(sent, rnd))
 
     def estimate(self, server: Server, mean: Vector, rnd: Round) -> tuple[Vector, Server]:
+        if rnd.cohort < rnd.n:  # some were left out
+            mean = rnd.cohort / rnd.n * mean
         return server.h + mean, Server(server.h + self._shift(len(mean)) * mean)

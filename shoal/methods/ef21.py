@@ -41,6 +41,7 @@ class EF21(Method):
     References: arXiv:2106.05203; EF21-PP: arXiv:2110.03294.
     """
 
+    spares = True  # a missing message is 0: g_i stays as it is, at the server and at the client
     compressor: Compressor
     clients: int | None = None
 

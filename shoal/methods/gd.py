@@ -19,6 +19,8 @@ class GD(Method):
     References: textbook; docs/derivations/methods.md.
     """
 
+    spares = True  # nothing is remembered: g is the mean of those who are there
+
     def step_size(self, setting: Setting) -> StepSize:
         """gamma = 1/L_-: min ||grad f||^2 <= 2 L_- Delta_0 / K, and (1 - mu/L_-)^K under PL. Textbook."""
         L = setting.smoothness.minus

@@ -37,6 +37,7 @@ class VRDiana(Diana):
     References: arXiv:1904.05115.
     """
 
+    spares = False  # the reference point moves for all, and whoever was left out would keep the gradient at the old one
     batch: int | None = None
     p: float | None = None
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 
 from shoal.core import Compressor, Meter
+from shoal.errors import NonFiniteError
 from shoal.messages import Messages, Round, Rows, Vector
 from shoal.wire import HEADER
 
@@ -19,6 +22,9 @@ class Local:
 
     def __init__(self, n: int, meter: Meter | None = None) -> None:
         self.n, self.clients, self.meter = n, torch.arange(n), meter or Meter()
+
+    def open(self, config: dict[str, Any]) -> None:
+        """Nobody else is there to have another one."""
 
     def scatter(self, down: Messages | None, rnd: Round) -> Messages:
         """One row, heard by all n clients, or a row for each of the cohort."""
@@ -48,6 +54,10 @@ class Local:
         self.meter.up_framed += (SCALAR + HEADER) * rnd.cohort
         self.meter.down_framed += (SCALAR + HEADER) * rnd.cohort
         return float(values.max())
+
+    def fail(self, error: NonFiniteError, rnd: Round) -> NoReturn:
+        """Nobody else is there to be told."""
+        raise error
 
     def collect(self, values: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
         """All rows are here already."""

@@ -1,46 +1,128 @@
 """The ranks of a process group and the two ways in which they exchange bytes.
 
 Bytes alone travel, in uint8: gloo reads another type's bytes without a word, sums strided tensors wrongly and ends the
-process where sizes differ, so sizes are always agreed on before. Sums never go through all_reduce, whose order of
-summation is its own.
+process where sizes differ. So every exchange has a fence in front: each rank tells all others, over lines of its own,
+what it is about to do (`signals`), and unless all mean the same, every rank raises the same error and nobody enters.
+Sums never go through all_reduce, whose order of summation is its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shoal.errors import NonFiniteError
+from shoal.runtimes.lines import TIMEOUT, Lines, meet
+from shoal.runtimes.signals import ALL, BARRIER, FAULT, HELLO, SWAP, Signal, fault, judge, table
+from shoal.wire import digest
+
+_LINES: WeakKeyDictionary[dist.ProcessGroup, Lines] = WeakKeyDictionary()
+_MEETINGS: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+
 
 class Peers:
     """All ranks of `group` (default: the world), of which this process is `rank` of `world`.
 
-    `moved` counts the bytes that this rank has sent to others; what it keeps for itself is not among them.
+    `moved` counts the bytes that this rank has sent to others, signals among them; what it keeps for itself is not.
+    `round` is the caller's to set: ranks in different rounds refuse to exchange. So are those with another `digest`.
+
+    Raises, in every exchange and on every rank alike, the errors of `signals.judge`; PeerDied and PeerTimeout where
+    ranks are lost, with their numbers; then the group is at an end.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group, self.moved = group, 0
-        self.world, self.rank = dist.get_world_size(group), dist.get_rank(group)
+    def __init__(self, group: dist.ProcessGroup | None = None, lines: Lines | None = None) -> None:
+        self.group = dist.distributed_c10d._get_default_group() if group is None else group
+        self.world, self.rank, self.moved = dist.get_world_size(group), dist.get_rank(group), 0
+        self.lines = lines or _known(self.group, self.rank, self.world)
+        _LINES[self.group] = self.lines
+        self.digest, self.round = bytes(8), 0
 
-    def all(self, mine: Tensor) -> list[Tensor]:
-        """Every rank's tensor, in rank order; all of one shape and type."""
+    def _fence(self, kind: int, body: bytes, nbytes: int = 0) -> None:
+        """Returns once all ranks are about to do the same."""
+        signal = Signal(
+            kind, self.rank, self.world, self.lines.number, self.round, nbytes, self.digest, self.lines.attempt, body
+        )
+        signals, sent = self.lines.exchange(signal)
+        self.moved += sent
+        judge(signals)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """gloo names no rank: the lines do."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.lines.inquire(str(error).splitlines()[0])
+
+    def _wait(self, work: dist.Work | None) -> None:
+        if work is not None:  # a group's own limit may be 30 minutes
+            work.wait(timedelta(seconds=self.lines.timeout))
+
+    def all(self, mine: Tensor, what: str = "") -> list[Tensor]:
+        """Every rank's tensor, in rank order; all of one shape and type. `what`: in words, the same at all ranks."""
         mine = mine.contiguous()
+        size = mine.numel() * mine.element_size()
+        self._fence(ALL, f"{_brief(what or 'a tensor')}, {mine.dtype}".encode(), size)
         out = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(out, mine, group=self.group)
-        self.moved += mine.numel() * mine.element_size() * (self.world - 1)
+        with self._watched():
+            self._wait(dist.all_gather(out, mine, group=self.group, async_op=True))
+        self.moved += size * (self.world - 1)
         return out
 
-    def swap(self, mine: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    def swap(self, mine: Sequence[Tensor], sizes: Sequence[int], what: str = "") -> list[Tensor]:
         """What each rank has for this one, `sizes[r]` bytes of rank r, for what this one has for each: mine[r], (b,)
         uint8. The sizes are what both ends know without asking."""
-        out = torch.empty(sum(sizes), dtype=torch.uint8)
         sent = [len(piece) for piece in mine]
-        dist.all_to_all_single(out, torch.cat(list(mine)), list(sizes), sent, group=self.group)
+        self._fence(SWAP, table(sent, sizes, _brief(what or "slices")), sum(sent))
+        out = torch.empty(sum(sizes), dtype=torch.uint8)
+        with self._watched():
+            self._wait(
+                dist.all_to_all_single(
+                    out, torch.cat(list(mine)), list(sizes), sent, group=self.group, async_op=True
+                )
+            )  # fmt: skip
         self.moved += sum(sent) - sent[self.rank]
         return list(out.split(list(sizes)))
 
     def barrier(self) -> None:
         """Returns when all ranks are here."""
-        dist.barrier(group=self.group)
+        self._fence(BARRIER, b"")
+
+    def handshake(self, config: dict[str, Any]) -> None:
+        """All ranks have the same config: its digest is theirs from now on. Raises ConfigMismatch, on every rank, that
+        names each field that differs and who has what."""
+        self._fence(HELLO, json.dumps(config, sort_keys=True).encode())
+        self.digest = digest(config)
+
+    def fail(self, error: NonFiniteError) -> NoReturn:
+        """Tell the others, who wait in front of an exchange, and raise on every rank what all of them report."""
+        self._fence(FAULT, fault(error))
+        raise error  # never reached: a fault is a fault at every rank
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave the group; `error` is why."""
+        self.lines.close(error)
+
+
+def _brief(what: str) -> str:
+    """Words that travel with every exchange: long ones by their beginning and a checksum."""
+    return what if len(what) <= 80 else f"{what[:60]}... {zlib.crc32(what.encode()):08x}"
+
+
+def _known(group: dist.ProcessGroup, rank: int, world: int) -> Lines:
+    """The lines of a group, laid when they are first wanted."""
+    lines = _LINES.get(group)
+    if lines is None or lines.closed:
+        count = _MEETINGS[group] = _MEETINGS.get(group, 0) + 1
+        store = dist.PrefixStore(f"shoal{count}", dist.distributed_c10d._get_process_group_store(group))
+        lines = meet(store, rank, world, TIMEOUT)
+    return lines

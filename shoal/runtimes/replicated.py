@@ -9,23 +9,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shoal import rng
 from shoal.core import Compressor, Meter
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, NonFiniteError
 from shoal.messages import Messages, Round, Rows
+from shoal.runtimes.group import group
+from shoal.runtimes.lines import TIMEOUT
 from shoal.runtimes.local import Local
 from shoal.runtimes.peers import Peers
 from shoal.wire import UP, Stamp, frame, unframe
-
-TIMEOUT = timedelta(seconds=60)  # gloo's own default is 30 minutes
 
 
 class Replicated(Local):
@@ -42,9 +41,28 @@ class Replicated(Local):
                 f"{peers.world} ranks for n={n} clients: a rank hosts at least one; start at most {n} ranks."
             )
         self.shares = torch.arange(n).tensor_split(peers.world)
-        self.rank, self.clients, self.digest = peers.rank, self.shares[peers.rank], digest
+        self.rank, self.clients = peers.rank, self.shares[peers.rank]
+        peers.digest = digest
 
-    def _all(self, mine: Tensor, rnd: Round | None = None) -> Tensor:
+    @property
+    def digest(self) -> bytes:
+        """Of the config that all ranks have: in every frame and in front of every exchange."""
+        return self.peers.digest
+
+    def open(self, config: dict[str, Any]) -> None:
+        """A handshake: raises ConfigMismatch on every rank unless all have this config."""
+        self.peers.handshake(config)
+
+    def scatter(self, down: Messages | None, rnd: Round) -> Messages:
+        """What the server says is known to every rank: nothing moves, and the round begins."""
+        self.peers.round = rnd.index
+        return super().scatter(down, rnd)
+
+    def fail(self, error: NonFiniteError, rnd: Round) -> NoReturn:
+        """The other ranks are told, and raise the same error."""
+        self.peers.fail(error)
+
+    def _all(self, mine: Tensor, rnd: Round | None = None, what: str = "values") -> Tensor:
         """Every rank's rows of the round, in rank order, which is slot order. The shorter are padded with zeros."""
         members = None if rnd is None else rnd.members
         counts = [len(ids) if members is None else int(torch.isin(members, ids).sum()) for ids in self.shares]
@@ -52,7 +70,7 @@ class Replicated(Local):
         padded = torch.zeros((most, *mine.shape[1:]), dtype=mine.dtype)
         padded[: len(mine)] = mine
         moved = self.peers.moved
-        out = self.peers.all(padded)
+        out = self.peers.all(padded, what)
         self.meter.moved += self.peers.moved - moved
         return torch.cat([rows[:count] for rows, count in zip(out, counts, strict=True)])
 
@@ -60,12 +78,13 @@ class Replicated(Local):
         """One all-gather of frames, padded to the code's capacity."""
         width = code.capacity(rnd.cohort, up.d)
         stamp = Stamp(rng.LAYOUT, UP, rnd.index, rnd.cohort, up.d, self.digest)
-        payload, nbytes, slots = unframe(self._all(frame(up.payload, up.nbytes, up.slots, stamp, width), rnd), stamp)
+        frames = frame(up.payload, up.nbytes, up.slots, stamp, width)
+        payload, nbytes, slots = unframe(self._all(frames, rnd, f"messages of {code!r}, d={up.d}"), stamp)
         return Messages(payload.contiguous(), nbytes, slots, up.d)
 
     def agree(self, values: Tensor, rnd: Round) -> float:
         """The maximum over all clients: exact, whatever the order."""
-        return super().agree(self._all(values, rnd), rnd)
+        return super().agree(self._all(values, rnd, "scales to agree on"), rnd)
 
     def collect(self, values: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
         """For measuring: not counted as moved either."""
@@ -88,15 +107,19 @@ def started_by_torchrun() -> bool:
 
 
 @contextmanager
-def connected(n: int, digest: bytes) -> Iterator[Replicated]:
-    """The channel over a gloo group of torchrun's ranks, destroyed at the end."""
-    dist.init_process_group("gloo", timeout=TIMEOUT)
-    try:
-        channel = Replicated(n, digest)
-        yield channel
-        channel.peers.barrier()
-    finally:
-        dist.destroy_process_group()
+def connected(
+    n: int,
+    config: dict[str, Any],
+    make: Callable[[int, bytes, Peers], Replicated] = Replicated,
+    timeout: float = TIMEOUT,
+) -> Iterator[Replicated]:
+    """The channel over a gloo group of torchrun's ranks, all of which have this config; destroyed at the end.
+
+    No rank waits longer than `timeout` seconds for another. Raises ConfigMismatch, PeerTimeout, PeerDied.
+    """
+    with group(timeout) as peers:
+        peers.handshake(config)
+        yield make(n, peers.digest, peers)
 
 
 def launch(ranks: int, arguments: list[str]) -> int:

@@ -12,20 +12,22 @@ the encoding between them the driver's business.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from shoal import kernels
-from shoal.core import Channel, Descent, Event, Method, Problem, State
-from shoal.errors import ConfigError
+from shoal.core import Channel, Compressor, Descent, Event, Method, OnNonFinite, Problem, State
+from shoal.errors import ConfigError, NonFiniteError, QuorumLost
 from shoal.messages import Messages, Round, Rows, Vector
 
 TEMPORARY = 2**22  # coordinates of a chunk of clients: 16 MiB a float32 temporary
 Hosted = slice | Tensor  # places among the clients hosted here
+SKIPS = 100  # rounds skipped in a row, after which nothing will mend itself
 REMEMBERED = 2**24  # coordinates of gradients kept between measuring a point and using it: 64 MiB
 
 
@@ -163,25 +165,78 @@ def _uplink(
         whole.nbytes[part] = sent.nbytes
 
     held = []
-    for part, at in parts:
-        # From the state before the round: what all workers share has moved already where an earlier chunk is done.
-        u, new = method.up(take(before, at), down.rows(part), watch.grad, rnd.rows(part))
-        workers = put(workers, at, new)
-        if len(u) == 0:
-            continue
-        if code.agrees:
-            held.append((u, part, at))
-        else:
-            send(u, part, at, rnd, take(workers, at))
+    with _told(channel, rnd):
+        for part, at in parts:
+            # From the state before the round: what all workers share has moved already where an earlier chunk is done.
+            u, new = method.up(take(before, at), down.rows(part), watch.grad, rnd.rows(part))
+            workers = put(workers, at, new)
+            if len(u) == 0:
+                continue
+            if code.agrees:
+                held.append((u, part, at))
+            else:
+                send(u, part, at, rnd, take(workers, at))
+        scalars = torch.cat([torch.zeros(0), *(code.prepare(u, rnd.rows(part)) for u, part, _ in held)])
     if code.agrees:
         moved = workers
-        scalars = torch.cat([torch.zeros(0), *(code.prepare(u, rnd.rows(part)) for u, part, _ in held)])
         rnd = replace(rnd, agreed=channel.agree(scalars, rnd))
-        for u, part, at in held:
-            send(u, part, at, rnd, take(moved, at))
+        with _told(channel, rnd):
+            for u, part, at in held:
+                send(u, part, at, rnd, take(moved, at))
     if whole is None:  # this process hosts none of the cohort
         whole = Messages(torch.zeros(0, width, dtype=torch.uint8), rnd.slots, rnd.slots, d)
     return whole, workers, rnd
+
+
+@contextmanager
+def _told(channel: Channel, rnd: Round) -> Iterator[None]:
+    """What is not finite here is every process's error, before any state has changed."""
+    try:
+        yield
+    except NonFiniteError as error:
+        channel.fail(error, rnd)
+
+
+def _without(rnd: Round, clients: tuple[int, ...], code: Compressor, d: int) -> Round:
+    """The same round among those who have something finite to send. Raises QuorumLost where nobody has."""
+    members = torch.arange(rnd.n) if rnd.members is None else rnd.members
+    left = members[~torch.isin(members, torch.tensor(clients))]
+    if not len(left):
+        raise QuorumLost(f"round {rnd.index}: none of {len(members)} clients has a finite vector; take a smaller step.")
+    code.check(len(left), d)
+    return rnd.among(left)
+
+
+def _mean(
+    method: Method, workers: Any, down: Messages, watch: Watch, channel: Channel, rnd: Round, drop: bool
+) -> tuple[Vector, Any, Round, NonFiniteError | None]:
+    """The messages' mean, the workers' new state, the round as it was held, and whom it was held without."""
+    without: NonFiniteError | None = None
+    counted = replace(channel.meter)
+    while True:
+        try:
+            sent, after, held = _uplink(method, workers, down, watch, channel, rnd)
+            return channel.mean(sent, method.code(held), held), after, held, without
+        except NonFiniteError as error:
+            # What was tried in vain is not counted: how often depends on who finds out first.
+            for name in ("up", "down", "up_framed", "down_framed"):
+                setattr(channel.meter, name, getattr(counted, name))
+            if not drop or not error.clients:
+                raise
+            known = without or error
+            without = NonFiniteError(str(known), sorted({*known.clients, *error.clients}))
+            rnd = _without(rnd, error.clients, method.code(rnd), watch.problem.d)
+
+
+def checked_policy(on_nonfinite: str, method: Method) -> None:
+    """Raises ConfigError for a policy that there is not, or that this method cannot follow."""
+    if on_nonfinite not in get_args(OnNonFinite):
+        raise ConfigError(f"on_nonfinite={on_nonfinite!r}: one of {', '.join(get_args(OnNonFinite))}.")
+    if on_nonfinite == "drop" and not method.spares:
+        raise ConfigError(
+            f"on_nonfinite='drop': {type(method).__name__}'s server and clients would remember different things once a "
+            "client is left out of a round; take 'skip', or a method that spares them: GD, DCGD, Diana, EF21."
+        )
 
 
 def rounds(
@@ -192,24 +247,40 @@ def rounds(
     seed: int,
     state: State | None = None,
     chunk: int | None = None,
+    on_nonfinite: OnNonFinite = "raise",
 ) -> Iterator[Event]:
     """Yields x^0 (or the resumed state), x^1, ...; the caller stops when it has seen enough.
 
-    The bits do not depend on `chunk`, on the channel, or on where a run was resumed. Raises NonFiniteError when a
-    client's vector cannot be compressed; no state has changed then. Where the method has a cohort, only its members
-    compute and send.
+    The bits do not depend on `chunk`, on the channel, or on where a run was resumed. Where the method has a cohort,
+    only its members compute and send. Where a client's vector cannot be compressed, `on_nonfinite` says what becomes of
+    the round, in all processes alike, before any state has changed:
+    "raise": NonFiniteError;  "skip": the round passes and leaves every state as it was (not round 0, on which estimates
+    stand, nor more than 100 rounds in a row: NonFiniteError);  "drop": it is held among the others, whose mean it then
+    is (QuorumLost if there are none; ConfigError at once where the method cannot spare anybody).
     """
+    checked_policy(on_nonfinite, method)
     watch, n = Watch(problem, channel, chunk), channel.n
+    fault: NonFiniteError | None = None
+    skipped = 0
     if state is None:
         x = problem.start()
         server, workers = method.init(x, Round.full(0, seed, n, channel.clients))
         state = State(0, x, server, workers, descent.init(x))
     while True:
-        yield Event(replace(state, meter=replace(channel.meter)), watch.evaluate)
+        yield Event(replace(state, meter=replace(channel.meter)), watch.evaluate, fault)
         rnd = Round.full(state.index, seed, n, channel.clients)
         rnd = _cohort(method, state.workers, rnd)
         down, server = method.down(state.server, state.x, rnd) if channel.serves else (None, state.server)
-        sent, workers, rnd = _uplink(method, state.workers, channel.scatter(down, rnd), watch, channel, rnd)
-        g, server = method.estimate(server, channel.mean(sent, method.code(rnd), rnd), rnd)
+        heard = channel.scatter(down, rnd)
+        try:
+            mean, workers, rnd, fault = _mean(method, state.workers, heard, watch, channel, rnd, on_nonfinite == "drop")
+        except NonFiniteError as error:
+            skipped += 1
+            if on_nonfinite != "skip" or state.index == 0 or skipped > SKIPS:
+                raise
+            state, fault = replace(state, index=state.index + 1), error
+            continue
+        skipped = 0
+        g, server = method.estimate(server, mean, rnd)
         x, memory = descent.step(state.x, g, state.descent)
         state = State(state.index + 1, x, server, workers, memory)

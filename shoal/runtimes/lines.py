@@ -1,0 +1,310 @@
+"""Lines: a TCP connection between every two ranks, that carries signals and whose end is a death certificate.
+
+The kernel closes a killed process's sockets at once, so whoever waits on its line knows in milliseconds who it was;
+gloo says no more than an address. A rank that leaves on purpose says why, and whom it lost: its word is passed on
+instead of its own number. Nothing here needs the store after the start, so its end does no harm.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import socket
+import struct
+import time
+from collections import deque
+from contextlib import suppress
+from typing import NoReturn
+from weakref import WeakSet
+
+from torch.distributed import PrefixStore, Store, TCPStore
+
+from shoal import errors
+from shoal.errors import PeerDied, PeerLost, PeerTimeout, WireError
+from shoal.runtimes.signals import BYE, ROLL, Signal, first, ranks, read
+
+TIMEOUT = 60.0  # seconds; gloo's own default is 30 minutes
+GRACE = 1.0  # for the answers to a roll call
+LINGER = 0.05  # after a first loss, for others that died with it
+_CARD = struct.Struct("<16sI")  # what a rank shows at a door: the door's own word, and its rank
+_OPEN: WeakSet[Lines] = WeakSet()
+# A forked child holds copies of the sockets, which would keep the lines of a dead parent open.
+os.register_at_fork(after_in_child=lambda: _hang_up())
+
+
+def _hang_up() -> None:
+    for lines in list(_OPEN):
+        lines.hang_up()
+
+
+class Lines:
+    """The lines of `rank` to the other ranks of `world`."""
+
+    def __init__(self, rank: int, world: int, timeout: float = TIMEOUT, attempt: int = 0) -> None:
+        self.rank, self.world, self.timeout, self.attempt = rank, world, timeout, attempt
+        self.number = self.round = 0
+        self.gone: list[int] = []  # in the order in which their lines ended
+        self.closed = False
+        self._sockets: dict[int, socket.socket] = {}
+        self._arrived: dict[int, bytearray] = {}
+        self._inbox: dict[int, deque[Signal]] = {}
+        self._outbox: dict[int, bytearray] = {}
+        self._selector = selectors.DefaultSelector()
+        _OPEN.add(self)
+
+    def hang_up(self) -> None:
+        """Close this process's copies, without a word."""
+        for line in self._sockets.values():
+            line.close()
+        self._selector.close()
+        self.closed = True
+
+    def add(self, rank: int, line: socket.socket) -> None:
+        """A connected socket to `rank`."""
+        line.setblocking(False)
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sockets[rank], self._arrived[rank], self._inbox[rank] = line, bytearray(), deque()
+        self._outbox[rank] = bytearray()
+        self._selector.register(line, selectors.EVENT_READ, rank)
+
+    # ------------------------------------------------------------------------------------------- bytes
+    def _post(self, signal: Signal) -> int:
+        data = signal.pack()
+        for rank in self._sockets:
+            if rank not in self.gone:
+                self._outbox[rank] += data
+                self._send(rank)
+        return len(data)
+
+    def _send(self, rank: int) -> None:
+        box, line = self._outbox[rank], self._sockets[rank]
+        try:
+            while box:
+                del box[: line.send(box)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            box.clear()  # what it said before its end may still be read
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if box else 0)
+        if rank not in self.gone and self._selector.get_key(line).events != events:
+            self._selector.modify(line, events, rank)
+
+    def _receive(self, rank: int) -> None:
+        try:
+            data = self._sockets[rank].recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.gone.append(rank)
+            self._outbox[rank].clear()
+            self._selector.unregister(self._sockets[rank])
+        self._arrived[rank] += data
+        while (signal := first(self._arrived[rank], rank)) is not None:
+            self._inbox[rank].append(signal)
+
+    def _pump(self, seconds: float) -> None:
+        """What arrives or leaves within this time, at most once a line."""
+        for key, events in self._selector.select(max(0.0, seconds)):
+            if events & selectors.EVENT_WRITE:
+                self._send(key.data)
+            if events & selectors.EVENT_READ:
+                self._receive(key.data)
+
+    # ------------------------------------------------------------------------------------------- signals
+    def exchange(self, mine: Signal) -> tuple[list[Signal], int]:
+        """Every rank's signal, in rank order, and the bytes that this rank sent. Raises PeerDied, PeerTimeout with the
+        ranks that are lost, or the WireError that made another rank leave."""
+        if self.closed:
+            raise PeerDied(f"rank {self.rank} has left the group: start it again.", [self.rank], self.round)
+        self.round = mine.round
+        self.number += 1
+        sent = self._post(mine) * len(self._sockets)
+        try:
+            self._wait(time.monotonic() + self.timeout)
+        except (PeerLost, WireError) as error:
+            self.close(error)
+            raise
+        return [mine if r == self.rank else self._inbox[r].popleft() for r in range(self.world)], sent
+
+    def _wait(self, end: float) -> None:
+        """Until a signal of every rank is here and all of this one's are gone out."""
+        while True:
+            self._look()
+            silent = [r for r, box in self._inbox.items() if not box]
+            if any(box and box[0].kind == ROLL for box in self._inbox.values()):
+                self._inquire("another rank's exchange failed")
+            if not silent and not any(self._outbox.values()):
+                return
+            left = end - time.monotonic()
+            if left <= 0:
+                self._late(silent)
+            self._pump(left)
+
+    def _late(self, silent: list[int]) -> NoReturn:
+        who = silent or [r for r, box in self._outbox.items() if box]
+        raise PeerTimeout(
+            f"{ranks(who)} did not answer within {self.timeout:g} s in round {self.round}: stopped, cut off, or slower "
+            "than that. Look there; give slow ranks more with --timeout.", who, self.round,
+        )  # fmt: skip
+
+    def _look(self) -> None:
+        """Raises where a line has ended, or a rank has said farewell, and nothing else of it is left to read."""
+        for rank, box in self._inbox.items():
+            if box and box[0].kind == BYE:
+                self._pass_on(rank, box[0])
+        if all(self._inbox[r] for r in self.gone):
+            return
+        end = time.monotonic() + LINGER
+        while (left := end - time.monotonic()) > 0 and len(self.gone) < len(self._sockets):
+            self._pump(left)
+        for rank, box in self._inbox.items():  # a survivor's word about who died first
+            if box and box[-1].kind == BYE:
+                self._pass_on(rank, box[-1])
+        lost = sorted(r for r in self.gone if not self._inbox[r])
+        raise PeerDied(
+            f"{ranks(lost)} died in round {self.round}: the connection ended without a word, as it does when a process "
+            "is killed or crashes. Look there for the reason, then start again.", lost, self.round,
+        )  # fmt: skip
+
+    def _pass_on(self, rank: int, farewell: Signal) -> NoReturn:
+        """Another rank's verdict is this one's too; where it left for a reason of its own, it is the one lost."""
+        told = read(farewell)
+        kind, said, lost = getattr(errors, str(told.get("error")), None), str(told.get("said")), told.get("ranks", ())
+        if isinstance(kind, type) and issubclass(kind, PeerLost):
+            raise kind(said, [int(r) for r in lost], self.round)
+        if isinstance(kind, type) and issubclass(kind, WireError):
+            raise kind(f"rank {rank}: {said}")
+        why = f"stopped with {told.get('error')}: {said}" if told.get("error") else "has ended its run"
+        raise PeerDied(f"rank {rank} {why} (round {farewell.round}; this one is in round {self.round}).", [rank],
+                       self.round)  # fmt: skip
+
+    def inquire(self, said: str) -> NoReturn:
+        """After a failed exchange: a roll call. Raises PeerDied or PeerTimeout naming whom it shows to be lost."""
+        try:
+            self._inquire(said)
+        except (PeerLost, WireError) as error:
+            self.close(error)
+            raise
+
+    def _inquire(self, said: str) -> NoReturn:
+        self._post(Signal(ROLL, self.rank, self.world, self.number, self.round, attempt=self.attempt))
+        end = time.monotonic() + GRACE
+        while True:
+            self._look()
+            silent = [r for r, box in self._inbox.items() if not box]
+            if not silent:
+                raise PeerLost(f"an exchange of round {self.round} failed, though all ranks are there: {said}", (),
+                               self.round)  # fmt: skip
+            if time.monotonic() > end:
+                self._late(silent)
+            self._pump(end - time.monotonic())
+
+    def watch(self, seconds: float) -> None:
+        """Raises where a rank is lost within this time."""
+        self._pump(seconds)
+        try:
+            self._look()
+        except (PeerLost, WireError) as error:
+            self.close(error)
+            raise
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Say farewell, with the reason, and hang up. A second time does nothing."""
+        if self.closed:
+            return
+        told = {"said": " ".join(str(error).split())[:500], "error": type(error).__name__} if error else {}
+        if isinstance(error, PeerLost):
+            told["ranks"] = list(error.ranks)  # type: ignore[assignment]
+        body = json.dumps(told).encode()
+        self._post(Signal(BYE, self.rank, self.world, self.number, self.round, attempt=self.attempt, body=body))
+        for line in self._sockets.values():
+            with suppress(OSError):  # the other end was first
+                line.shutdown(socket.SHUT_WR)
+        self.hang_up()
+
+
+# ------------------------------------------------------------------------------------------- the start
+def _host(store: Store) -> str:
+    """The address of this machine that the store's machine can reach."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    if not isinstance(store, TCPStore):
+        return "127.0.0.1"
+    family, kind, proto, _, address = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, proto) as probe:
+        probe.connect(address)  # of a datagram socket: nothing is sent
+        return str(probe.getsockname()[0])
+
+
+def meet(store: Store, rank: int, world: int, timeout: float = TIMEOUT, attempt: int = 0) -> Lines:
+    """The lines of all ranks that find each other through `store` within `timeout` seconds.
+
+    Raises PeerTimeout naming those that did not come, PeerDied naming those that came and died, PeerLost if the store
+    itself is gone.
+    """
+    lines, end, card = Lines(rank, world, timeout, attempt), time.monotonic() + timeout, os.urandom(16)
+    host = _host(store)
+    with socket.create_server((host, 0), backlog=world, family=_family(host)) as door:
+        door.setblocking(False)
+        try:
+            store.set(f"lines/{rank}", f"{card.hex()} {door.getsockname()[1]} {host}")
+            missing = set(range(world)) - {rank}
+            while missing:
+                missing -= _arrivals(lines, door, card, missing)
+                missing -= _visits(lines, store, rank, missing)
+                if missing and time.monotonic() > end:
+                    who = sorted(missing)
+                    raise PeerTimeout(f"{ranks(who)} did not come within {timeout:g} s of the start: look whether they "
+                                      "run, and reach this machine; --timeout gives them longer.", who)  # fmt: skip
+                lines.watch(0.002 if missing else 0.0)
+        except RuntimeError as error:  # torch's own errors of the store
+            lost = PeerLost(f"the store that the ranks meet through is gone: {str(error).splitlines()[0]}")
+            lines.close(lost)
+            raise lost from error
+        except PeerLost as error:
+            lines.close(error)
+            raise
+    return lines
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _arrivals(lines: Lines, door: socket.socket, card: bytes, missing: set[int]) -> set[int]:
+    """Those of higher rank who have come to the door and shown its word; others are sent away."""
+    try:
+        line, _ = door.accept()
+    except BlockingIOError:
+        return set()
+    line.settimeout(1.0)
+    try:
+        shown, rank = _CARD.unpack(line.recv(_CARD.size, socket.MSG_WAITALL))
+    except (OSError, struct.error):
+        line.close()
+        return set()
+    if shown != card or rank not in missing:
+        line.close()
+        return set()
+    lines.add(rank, line)
+    return {rank}
+
+
+def _visits(lines: Lines, store: Store, rank: int, missing: set[int]) -> set[int]:
+    """Those of lower rank whose door is known by now, and open."""
+    met = set()
+    for other in sorted(missing):
+        if other > rank or not store.check([f"lines/{other}"]):
+            continue
+        word, port, host = store.get(f"lines/{other}").decode().split(" ", 2)
+        try:
+            line = socket.create_connection((host, int(port)), timeout=1.0)
+            line.sendall(_CARD.pack(bytes.fromhex(word), rank))
+        except OSError:
+            continue  # its machine may be slow; if it has died, the end of the wait says so
+        lines.add(other, line)
+        met.add(other)
+    return met
