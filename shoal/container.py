@@ -15,6 +15,7 @@ would find every flipped bit; the checksums say where it is, and keep a damaged 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -91,6 +92,13 @@ def _bytes(tensor: Tensor) -> tuple[str, memoryview]:
 
 def write(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
     """Write the file whole or not at all; its SHA-256. Raises CheckpointWriteFailed."""
+    pieces = pack(meta, tensors)
+    place(path, pieces)
+    return bytes(pieces[-1])
+
+
+def pack(meta: dict[str, Any], tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
+    """The file's bytes in pieces, the last of which is its SHA-256."""
     named = {name: _bytes(tensor) for name, tensor in tensors.items()}
     rows = [[k, kind, list(tensors[k].shape), zlib.crc32(raw)] for k, (kind, raw) in named.items()]
     header = json.dumps({"meta": meta, "tensors": rows}, allow_nan=False).encode()
@@ -101,8 +109,7 @@ def write(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> bytes
     sha = hashlib.sha256()
     for piece in pieces:
         sha.update(piece)
-    place(path, [*pieces, sha.digest()])
-    return sha.digest()
+    return [*pieces, sha.digest()]
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -113,9 +120,14 @@ def read(path: Path) -> Contents:
     """
     try:
         with open(path, "rb", opener=_regular) as stream:
-            return _Reader(path, stream).contents()
+            return _Reader(str(path), stream, os.fstat(stream.fileno()).st_size).contents()
     except OSError as error:
         raise CheckpointCorrupt(f"{path}: {error.strerror or error}.") from error
+
+
+def unpack(content: bytes, name: str) -> Contents:
+    """The same of bytes that have another source than a file. Raises CheckpointCorrupt."""
+    return _Reader(name, io.BytesIO(content), len(content)).contents()
 
 
 def _regular(name: str, flags: int) -> int:
@@ -140,12 +152,11 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 class _Reader:
     """One pass over the file: every byte goes through the digest."""
 
-    def __init__(self, path: Path, stream: BinaryIO) -> None:
-        self.path, self.stream, self.sha = path, stream, hashlib.sha256()
-        self.size = os.fstat(stream.fileno()).st_size
+    def __init__(self, name: str, stream: BinaryIO, size: int) -> None:
+        self.name, self.stream, self.size, self.sha = name, stream, size, hashlib.sha256()
 
     def corrupt(self, what: str) -> NoReturn:
-        raise CheckpointCorrupt(f"{self.path}: {what}.")
+        raise CheckpointCorrupt(f"{self.name}: {what}.")
 
     def take(self, count: int) -> bytes:
         piece = self.stream.read(count)

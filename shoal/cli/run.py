@@ -39,9 +39,9 @@ from shoal.cli.options import (
     app,
     err_console,
     fail,
-    given,
     new_folder,
     out_console,
+    spoken,
     stored_spec,
 )  # fmt: skip
 from shoal.core import Method, OnNonFinite, Problem, Row
@@ -50,7 +50,8 @@ from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import make_folder, versions
 from shoal.experiments.run import Run, load_result, prepare, simulate
 from shoal.experiments.spec import ProblemSpec, RunSpec
-from shoal.runtimes import checked_policy, replicated
+from shoal.runtimes import checked_policy, replicated, supervisor
+from shoal.runtimes.attempts import Attempts
 from shoal.runtimes.group import checked_timeout
 from shoal.runtimes.lines import TIMEOUT
 
@@ -113,15 +114,16 @@ def run(
         )  # fmt: skip
         out = out or new_folder("run", spec.problem.name)
     checked_timeout(timeout)
+    resuming = resume is not None
     if ranks and not replicated.started_by_torchrun():
-        _check(spec, ranks, out, resuming=resume is not None)
-        status = replicated.launch(ranks, _again(context, out))
+        torch.set_num_threads(1)  # before anything computes: a fork has no threads but its own
+        objects = _check(spec, ranks, out, resuming)
+        status = supervisor.launch(ranks, lambda: spoken(lambda: _run(spec, objects, out, resuming, timeout)))
         if status:
             raise SystemExit(status)
-        # Here and not in a rank: torchrun reports every other status than 0 as a crash.
         _judge(load_result(out) or {}, spec)
         return
-    _run(spec, out, resuming=resume is not None, timeout=timeout)
+    _run(spec, _objects(spec), out, resuming, timeout)
 
 
 def _step(text: str) -> float | Literal["theory"]:
@@ -133,27 +135,12 @@ def _step(text: str) -> float | Literal["theory"]:
         raise ConfigError(f"--step {text}: 'theory' or a number.") from None
 
 
-def _again(context: typer.Context, out: Path) -> list[str]:
-    """This command's own words, with the folder named, so that all ranks mean the same one."""
-    words = ["run"]
-    there = given(context)
-    for parameter in context.command.params:
-        name = str(parameter.name)
-        if name not in there or name == "out":
-            continue
-        value = context.params[name]
-        for one in value if isinstance(value, list | tuple) else [value]:
-            flag = [parameter.opts[0]] if parameter.param_type_name == "option" else []
-            words += flag if one is True else [*flag, str(one)]
-    return words if "resume" in there else [*words, "--out", str(out)]
-
-
 def _objects(spec: RunSpec) -> tuple[Any, Method]:
     return spec.problem.build(spec.files), parse(spec.method, known_names(spec.files), Method)
 
 
-def _check(spec: RunSpec, ranks: int, out: Path, resuming: bool) -> None:
-    """What can be wrong is said here, once, and not by every rank."""
+def _check(spec: RunSpec, ranks: int, out: Path, resuming: bool) -> tuple[Any, Method]:
+    """What can be wrong is said here, once, and not by every rank; the objects, loaded once for all of them."""
     problem, method = _objects(spec)
     checked_policy(spec.on_nonfinite, method)
     if not 1 <= ranks <= problem.n:
@@ -164,11 +151,12 @@ def _check(spec: RunSpec, ranks: int, out: Path, resuming: bool) -> None:
     )  # fmt: skip
     if not resuming:
         make_folder(out)
+    return problem, method
 
 
-def _run(spec: RunSpec, out: Path, resuming: bool, timeout: float) -> None:
+def _run(spec: RunSpec, objects: tuple[Any, Method], out: Path, resuming: bool, timeout: float) -> None:
     torch.set_num_threads(1)
-    problem, method = _objects(spec)
+    problem, method = objects
     stored = json.loads(spec.model_dump_json())
     options: dict[str, Any] = {
         "rounds": spec.rounds, "bits": spec.bits, "target": spec.target, "seed": spec.seed, "step": spec.step,
@@ -176,14 +164,18 @@ def _run(spec: RunSpec, out: Path, resuming: bool, timeout: float) -> None:
         "on_nonfinite": spec.on_nonfinite,
     }  # fmt: skip
     if replicated.started_by_torchrun():
-        with replicated.connected(problem.n, stored | {"versions": versions()}, timeout=timeout) as channel:
-            first = channel.rank == 0
+        config = stored | {"versions": versions()}
+        with Attempts(
+            lambda still: replicated.connected(problem.n, config, timeout=timeout, still=still), timeout
+        ) as attempts:
+            first = attempts.channel.rank == 0
             try:
-                run = simulate(problem, method, channel=channel, out=out, resume=resuming, **options)
+                run = simulate(problem, method, attempts=attempts, out=out, resume=resuming, **options)
             except KeyboardInterrupt:
                 if first:
                     _interrupted(out)
                 raise SystemExit(130) from None
+            channel = attempts.channel
             words = f"{len(channel.shares)} ranks over gloo; this rank moved {channel.meter.moved:,} bytes"
         if not first:
             return

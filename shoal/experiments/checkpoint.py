@@ -28,7 +28,7 @@ from torch import Tensor
 from shoal.container import DIGEST, Contents, read, write
 from shoal.core import Channel, Meter, Row, State
 from shoal.errors import CheckpointCorrupt, CheckpointWarning, CheckpointWriteFailed
-from shoal.runtimes import row_fields
+from shoal.runtimes import crash, row_fields
 
 KEPT = 2
 EVERY = 5.0  # seconds
@@ -40,7 +40,7 @@ PARTS = ("server", "workers", "descent")
 Found = tuple[State, list[Row], list[dict[str, Any]]]  # with the rows until then, and the rounds that went wrong
 
 
-def _named(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def named(state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(what is the same in all processes, what has a row a hosted client), by "part.field"."""
     shared, hosted = {"x": state.x}, dict[str, Tensor]()
     for part in PARTS:
@@ -61,6 +61,29 @@ def _filled(fresh: State, index: int, tensors: dict[str, Tensor], meter: Meter) 
         return like if like == () else type(like)(*(tensors[f"{name}.{f}"] for f in like._fields))
 
     return State(index, tensors["x"], part("server"), part("workers"), part("descent"), meter)
+
+
+def summary(
+    state: State, rows: Sequence[Row], faults: Sequence[dict[str, Any]], digest: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a container holds of all that is the same in all processes."""
+    meta = {"index": state.index, "digest": digest, "meter": asdict(state.meter)}
+    table = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(Row._fields))
+    said = torch.tensor(list(json.dumps(list(faults)).encode()), dtype=torch.uint8)
+    return meta, {**named(state)[0], "rows": table, "faults": said}
+
+
+def understood(held: Contents, name: str, fresh: State, hosted: dict[str, Tensor], moved: int) -> Found:
+    """A summary with this process's rows. Raises CheckpointCorrupt where it does not fit."""
+    try:
+        meter = Meter(**{f.name: _count(held.meta["meter"][f.name]) for f in fields(Meter)})
+        rows = [Row(int(row[0]), *row[1:]) for row in held.tensors["rows"].tolist()]
+        faults = [dict(fault) for fault in json.loads(bytes(held.tensors["faults"].tolist()))]
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise CheckpointCorrupt(f"{name}: it is no manifest ({error}).") from None
+    tensors = {field: _like(held, field, like, name) for field, like in named(fresh)[0].items()}
+    state = _filled(fresh, held.meta["index"], tensors | hosted, replace(meter, moved=moved))
+    return state, rows, faults
 
 
 class Checkpoints:
@@ -88,22 +111,23 @@ class Checkpoints:
     # -------------------------------------------------------------------------------------------- writing
     def save(self, state: State, rows: Sequence[Row], faults: Sequence[dict[str, Any]] = ()) -> None:
         """Every process writes its share; when all are on the disk, the first one writes the manifest."""
-        shared, hosted = _named(state)
+        _, hosted = named(state)
         ids, index = self.channel.clients, state.index
         path = self._share(index, self.channel.rank, self.world)
         sha, failure = self._written(path, {"index": index, "digest": self.digest}, {"clients": ids, **hosted})
+        if self.channel.rank:
+            crash.here("mid-checkpoint", self.channel.rank, index)
         facts = torch.tensor([_number(failure), state.meter.moved, int(ids[0]), int(ids[-1]) + 1])
         mine = torch.cat([facts.view(torch.uint8), torch.tensor(list(sha), dtype=torch.uint8)])
         everyone = self.channel.together(mine)
         told = [(row[:-DIGEST].clone().view(torch.int64).tolist(), row[-DIGEST:]) for row in everyone]
         self._raise(failure, {self._share(index, r, self.world): fact[0] for r, (fact, _) in enumerate(told)})
         if self.channel.rank == 0:
-            meta = {"index": index, "digest": self.digest, "meter": asdict(state.meter)}
+            crash.here("mid-checkpoint", 0, index)
+            meta, tensors = summary(state, rows, faults, self.digest)
             meta["moved"] = [moved for (_, moved, _, _), _ in told]
             meta["shares"] = [[lo, hi, bytes(sha.tolist()).hex()] for (_, _, lo, hi), sha in told]
-            table = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(Row._fields))
-            said = torch.tensor(list(json.dumps(list(faults)).encode()), dtype=torch.uint8)
-            _, failure = self._written(self._manifest(index), meta, {**shared, "rows": table, "faults": said})
+            _, failure = self._written(self._manifest(index), meta, tensors)
             if failure is None:
                 self._prune(index)
         ended = self.channel.together(torch.tensor([_number(failure)]))[0]
@@ -174,22 +198,16 @@ class Checkpoints:
     def _read(self, index: int, fresh: State) -> Found:
         path = self._manifest(index)
         held = self._opened(path, index)
-        shared, hosted = _named(fresh)
         try:
-            meter = Meter(**{f.name: _count(held.meta["meter"][f.name]) for f in fields(Meter)})
             moved = [_count(number) for number in held.meta["moved"]]
             shares = [(_count(lo), _count(hi), bytes.fromhex(sha)) for lo, hi, sha in held.meta["shares"]]
-            rows = [Row(int(row[0]), *row[1:]) for row in held.tensors["rows"].tolist()]
-            faults = [dict(fault) for fault in json.loads(bytes(held.tensors["faults"].tolist()))]
-        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointCorrupt(f"{path}: it is no manifest ({error}).") from None
-        tensors = {name: _like(held, name, like, path) for name, like in shared.items()}
         if [lo for lo, _, _ in shares] != [0, *(hi for _, hi, _ in shares[:-1])] or shares[-1][1] != self.channel.n:
             raise CheckpointCorrupt(f"{path}: its shares do not make {self.channel.n} clients.")
-        tensors |= self._rows(index, shares, hosted)
-        same = len(moved) == self.world
-        meter = replace(meter, moved=moved[self.channel.rank] if same else 0)
-        return _filled(fresh, index, tensors, meter), rows, faults
+        hosted = self._rows(index, shares, named(fresh)[1])
+        moved_here = moved[self.channel.rank] if len(moved) == self.world else 0
+        return understood(held, str(path), fresh, hosted, moved_here)
 
     def _opened(self, path: Path, index: int) -> Contents:
         held = read(path)
@@ -210,7 +228,7 @@ class Checkpoints:
             if held.sha256 != sha or held.tensors.get("clients", torch.zeros(0)).tolist() != list(range(lo, hi)):
                 raise CheckpointCorrupt(f"{path}: it is not the share that the manifest names.")
             for name, like in hosted.items():
-                pieces[name].append(_like(held, name, like.new_zeros(hi - lo, *like.shape[1:]), path)[part])
+                pieces[name].append(_like(held, name, like.new_zeros(hi - lo, *like.shape[1:]), str(path))[part])
         return {name: torch.cat(rows) for name, rows in pieces.items()}
 
 
@@ -224,8 +242,8 @@ def _count(value: Any) -> int:
     return value
 
 
-def _like(held: Contents, name: str, like: Tensor, path: Path) -> Tensor:
+def _like(held: Contents, name: str, like: Tensor, name_of_file: str) -> Tensor:
     found = held.tensors.get(name)
     if found is None or found.shape != like.shape or found.dtype != like.dtype:
-        raise CheckpointCorrupt(f"{path}: {name} is missing or has another shape.")
+        raise CheckpointCorrupt(f"{name_of_file}: {name} is missing or has another shape.")
     return found

@@ -20,7 +20,8 @@ from shoal.container import place
 from shoal.core import Row
 from shoal.errors import CheckpointCorrupt, CheckpointWriteFailed, ConfigError, ResumeMismatch
 
-LEFTOVER = re.compile(r"\.probe|\.(config|race)\.json\.\d+")  # of a process that was killed before it wrote anything
+# Of a process that was killed before it wrote anything.
+LEFTOVER = re.compile(r"\.probe|\.(config|race)\.json\.\d+|journal-\d+of\d+")
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -72,16 +72,16 @@ def _open_gloo(store: dist.Store, lines: Lines) -> None:
 
 
 @contextmanager
-def group(timeout: float = TIMEOUT) -> Iterator[Peers]:
+def group(timeout: float = TIMEOUT, still: Callable[[], None] = lambda: None) -> Iterator[Peers]:
     """The ranks that torchrun (or RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) says, connected within `timeout` seconds;
-    none waits longer than that for another. At the end all say farewell, and why.
+    none waits longer than that for another. At the end all say farewell, and why. `still`: see `lines.meet`.
 
     Raises PeerTimeout and PeerDied, naming the ranks.
     """
     timeout, rank, world = checked_timeout(timeout), _number("RANK"), _number("WORLD_SIZE")
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     store = dist.PrefixStore(f"shoal/{attempt}", _store(rank, timeout))
-    lines = meet(store, rank, world, timeout, attempt)
+    lines = meet(store, rank, world, timeout, attempt, still)
     try:
         _open_gloo(dist.PrefixStore("gloo", store), lines)
         peers = Peers(lines=lines)

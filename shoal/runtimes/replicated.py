@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -20,6 +20,7 @@ from shoal import rng
 from shoal.core import Compressor, Meter
 from shoal.errors import ConfigError, NonFiniteError
 from shoal.messages import Messages, Round, Rows
+from shoal.runtimes import crash
 from shoal.runtimes.group import group
 from shoal.runtimes.lines import TIMEOUT
 from shoal.runtimes.local import Local
@@ -76,10 +77,13 @@ class Replicated(Local):
 
     def gather(self, up: Messages, code: Compressor, rnd: Round) -> Messages:
         """One all-gather of frames, padded to the code's capacity."""
+        crash.here("before-gather", self.rank, rnd.index)
         width = code.capacity(rnd.cohort, up.d)
         stamp = Stamp(rng.LAYOUT, UP, rnd.index, rnd.cohort, up.d, self.digest)
         frames = frame(up.payload, up.nbytes, up.slots, stamp, width)
-        payload, nbytes, slots = unframe(self._all(frames, rnd, f"messages of {code!r}, d={up.d}"), stamp)
+        everyone = self._all(frames, rnd, f"messages of {code!r}, d={up.d}")
+        crash.here("after-gather", self.rank, rnd.index)
+        payload, nbytes, slots = unframe(everyone, stamp)
         return Messages(payload.contiguous(), nbytes, slots, up.d)
 
     def agree(self, values: Tensor, rnd: Round) -> float:
@@ -88,6 +92,7 @@ class Replicated(Local):
 
     def collect(self, values: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
         """For measuring: not counted as moved either."""
+        crash.here("measuring", self.rank, self.peers.round)
         moved = self.peers.moved, self.meter.moved
         out = self._all(values), self._all(rows)
         self.peers.moved, self.meter.moved = moved
@@ -99,6 +104,18 @@ class Replicated(Local):
         out = self.peers.all(mine)
         self.peers.moved = moved
         return out
+
+    def hand(self, mine: bytes, source: int, wanting: Sequence[bool]) -> bytes:
+        """What `source` says, at the ranks that want it; elsewhere nothing. Not counted."""
+        moved = self.peers.moved
+        size = int(self.peers.all(torch.tensor([len(mine)]))[source])
+        here, empty = torch.tensor(list(mine), dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8)
+        gives, takes = self.rank == source, wanting[self.rank]
+        pieces = [here if gives and wants else empty for wants in wanting]
+        sizes = [size if takes and rank == source else 0 for rank in range(self.peers.world)]
+        out = self.peers.swap(pieces, sizes, "a state")[source]
+        self.peers.moved = moved
+        return out.numpy().tobytes()
 
 
 def started_by_torchrun() -> bool:
@@ -112,12 +129,13 @@ def connected(
     config: dict[str, Any],
     make: Callable[[int, bytes, Peers], Replicated] = Replicated,
     timeout: float = TIMEOUT,
+    still: Callable[[], None] = lambda: None,
 ) -> Iterator[Replicated]:
     """The channel over a gloo group of torchrun's ranks, all of which have this config; destroyed at the end.
 
     No rank waits longer than `timeout` seconds for another. Raises ConfigMismatch, PeerTimeout, PeerDied.
     """
-    with group(timeout) as peers:
+    with group(timeout, still) as peers:
         peers.handshake(config)
         yield make(n, peers.digest, peers)
 
