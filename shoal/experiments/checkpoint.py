@@ -34,6 +34,7 @@ KEPT = 2
 EVERY = 5.0  # seconds
 MANIFEST = re.compile(r"checkpoint-(\d{1,15})\.shoal")
 ANY = re.compile(r"\.?checkpoint-(\d{1,15})\.(\d+of\d+\.)?shoal(\.\d+)?")  # a killed process leaves hidden ones
+STRAY = re.compile(r"journal-\d+of\d+|\.(metrics|config|result)\.(json|jsonl|parquet)\.\d+")
 PARTS = ("server", "workers", "descent")
 
 
@@ -169,9 +170,10 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """No checkpoint is left: the run has ended."""
+        """No checkpoint is left, no journal, and nothing that killed processes were writing: the run has ended."""
         if self.channel.rank == 0:
             self._remove(self._files())
+            self._remove(path for path in self.path.iterdir() if STRAY.fullmatch(path.name))
 
     # -------------------------------------------------------------------------------------------- reading
     def load(self, fresh: State) -> Found | None:

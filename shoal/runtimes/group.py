@@ -16,7 +16,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from shoal.errors import ConfigError, PeerTimeout
+from shoal.errors import ConfigError, PeerLost, PeerTimeout
 from shoal.runtimes.lines import TIMEOUT, Lines, meet
 from shoal.runtimes.peers import Peers
 
@@ -50,21 +50,31 @@ def _store(rank: int, timeout: float) -> dist.Store:
 def _open_gloo(store: dist.Store, lines: Lines) -> None:
     """gloo's own connections, in a thread that may hang while the lines are watched."""
     failed: list[RuntimeError] = []
+    given_up = False
 
     def connect() -> None:
         try:
             dist.init_process_group(
                 "gloo", store=store, rank=lines.rank, world_size=lines.world, timeout=timedelta(seconds=lines.timeout)
             )
+            if given_up:
+                dist.destroy_process_group()
         except RuntimeError as error:
             failed.append(error)
 
+    # torch puts this count into its keys. A start that was given up leaves it raised here, and not in a new process:
+    # the two would wait for each other under different keys.
+    dist.distributed_c10d._world.group_count = 0
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     end = time.monotonic() + lines.timeout
     while thread.is_alive():
         thread.join(0.01)
-        lines.watch(0.0)
+        try:
+            lines.watch(0.0)
+        except PeerLost:
+            given_up = True
+            raise
         if thread.is_alive() and time.monotonic() > end:
             raise PeerTimeout(f"gloo did not connect within {lines.timeout:g} s, though all ranks are there.")
     if failed:
