@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Stopped = Literal["target", "rounds", "bits", "diverged"]
+PATH_MAX = 4096  # bytes of a folder's name
 EXPLODED = 1e12  # a run whose ||grad f||^2 has grown by this factor is called diverged
 
 
@@ -337,14 +339,17 @@ def simulate(
             if replaced:  # its predecessor died behind its last word, which is said again
                 (Path(out) / "result.json").unlink(missing_ok=True)
             folder = Folder(Path(out), config, resume or replaced, {**known, "described": repr(whole), **(facts or {})})
-        identity = bytes(channel.together(torch.tensor(list(digest(config)), dtype=torch.uint8))[0].tolist())
-        checkpoints = Checkpoints(Path(out), identity.hex(), channel)
+        # From the first rank: only it knows the fingerprint, and a folder named after the time may differ.
+        said = digest(config) + os.fsencode(out).ljust(PATH_MAX, b"\0")
+        heard = bytes(channel.together(torch.tensor(list(said), dtype=torch.uint8))[0].tolist())
+        identity, place = heard[:8], Path(os.fsdecode(heard[8:].rstrip(b"\0")))
+        checkpoints = Checkpoints(place, identity.hex(), channel)
         x = problem.start()
         server, workers = ready.init(x, Round.full(0, seed, channel.n, channel.clients))
         fresh = State(0, x, server, workers, descent.init(x))
         found = None
         if attempts is not None and attempts.supervised:
-            memory = memory or Memory(Path(out), identity, channel, checkpoints.world, fresh)
+            memory = memory or Memory(place, identity, channel, checkpoints.world, fresh)
             if attempts.number > 0:
                 found = memory.stand(attempts.channel, rows, faults)
         return found or checkpoints.load(fresh)
