@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 from weakref import WeakSet
 
 from torch.distributed import PrefixStore, Store, TCPStore
@@ -54,6 +54,10 @@ class Lines:
         self._selector = selectors.DefaultSelector()
         _OPEN.add(self)
 
+    def __del__(self) -> None:
+        if not self.closed:
+            self.hang_up()
+
     def hang_up(self) -> None:
         """Close this process's copies, without a word."""
         for line in self._sockets.values():
@@ -64,7 +68,8 @@ class Lines:
     def add(self, rank: int, line: socket.socket) -> None:
         """A connected socket to `rank`."""
         line.setblocking(False)
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if line.family != socket.AF_UNIX:
+            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._sockets[rank], self._arrived[rank], self._inbox[rank] = line, bytearray(), deque()
         self._outbox[rank] = bytearray()
         self._selector.register(line, selectors.EVENT_READ, rank)
@@ -126,7 +131,7 @@ class Lines:
         try:
             self._wait(time.monotonic() + self.timeout)
         except (PeerLost, WireError) as error:
-            self.close(error)
+            self.close(error, waiting=True)
             raise
         return [mine if r == self.rank else self._inbox[r].popleft() for r in range(self.world)], sent
 
@@ -147,15 +152,19 @@ class Lines:
     def _late(self, silent: list[int]) -> NoReturn:
         who = silent or [r for r, box in self._outbox.items() if box]
         raise PeerTimeout(
-            f"{ranks(who)} did not answer within {self.timeout:g} s in round {self.round}: stopped, cut off, or slower "
+            f"{ranks(who)} did not answer within {self.timeout:g} s {self._when()}: stopped, cut off, or slower "
             "than that. Look there; give slow ranks more with --timeout.", who, self.round,
         )  # fmt: skip
+
+    def _when(self) -> str:
+        return f"in round {self.round}" if self.number else "at the start"
 
     def _look(self) -> None:
         """Raises where a line has ended, or a rank has said farewell, and nothing else of it is left to read."""
         for rank, box in self._inbox.items():
-            if box and box[0].kind == BYE:
-                self._pass_on(rank, box[0])
+            # Behind a signal for this exchange a farewell counts only if this very exchange was given up.
+            if box and box[-1].kind == BYE and (len(box) == 1 or read(box[-1]).get("waiting")):
+                self._pass_on(rank, box[-1])
         if all(self._inbox[r] for r in self.gone):
             return
         end = time.monotonic() + LINGER
@@ -166,7 +175,7 @@ class Lines:
                 self._pass_on(rank, box[-1])
         lost = sorted(r for r in self.gone if not self._inbox[r])
         raise PeerDied(
-            f"{ranks(lost)} died in round {self.round}: the connection ended without a word, as it does when a process "
+            f"{ranks(lost)} died {self._when()}: the connection ended without a word, as it does when a process "
             "is killed or crashes. Look there for the reason, then start again.", lost, self.round,
         )  # fmt: skip
 
@@ -187,7 +196,7 @@ class Lines:
         try:
             self._inquire(said)
         except (PeerLost, WireError) as error:
-            self.close(error)
+            self.close(error, waiting=True)
             raise
 
     def _inquire(self, said: str) -> NoReturn:
@@ -209,16 +218,20 @@ class Lines:
         try:
             self._look()
         except (PeerLost, WireError) as error:
-            self.close(error)
+            self.close(error, waiting=True)
             raise
 
-    def close(self, error: BaseException | None = None) -> None:
-        """Say farewell, with the reason, and hang up. A second time does nothing."""
+    def close(self, error: BaseException | None = None, waiting: bool = False) -> None:
+        """Say farewell, with the reason, and whether an exchange was given up for it; and hang up. A second time does
+        nothing."""
         if self.closed:
             return
-        told = {"said": " ".join(str(error).split())[:500], "error": type(error).__name__} if error else {}
+        told: dict[str, Any] = (
+            {"said": " ".join(str(error).split())[:500], "error": type(error).__name__} if error else {}
+        )
+        told["waiting"] = waiting
         if isinstance(error, PeerLost):
-            told["ranks"] = list(error.ranks)  # type: ignore[assignment]
+            told["ranks"] = list(error.ranks)
         body = json.dumps(told).encode()
         self._post(Signal(BYE, self.rank, self.world, self.number, self.round, attempt=self.attempt, body=body))
         for line in self._sockets.values():

@@ -141,6 +141,29 @@ def _cohort(method: Method, workers: Any, rnd: Round) -> Round:
     return rnd
 
 
+class _Faults:
+    """What is not finite in any chunk is every process's error, before any state has changed."""
+
+    def __init__(self, channel: Channel, rnd: Round) -> None:
+        self.channel, self.rnd = channel, rnd
+        self.errors: list[NonFiniteError] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """The other chunks are looked at all the same: which clients are named does not depend on `chunk`."""
+        try:
+            yield
+        except NonFiniteError as error:
+            self.errors.append(error)
+
+    def tell(self) -> None:
+        """Raises, here and elsewhere, if there was any."""
+        if self.errors:
+            known = all(error.clients for error in self.errors)
+            clients = {i for error in self.errors for i in error.clients} if known else set()
+            self.channel.fail(NonFiniteError(str(self.errors[0]), sorted(clients)), self.rnd)
+
+
 def _uplink(
     method: Method, workers: Any, down: Messages, watch: Watch, channel: Channel, rnd: Round
 ) -> tuple[Messages, Any, Round]:
@@ -164,37 +187,28 @@ def _uplink(
         whole.payload[part, : sent.payload.shape[1]] = sent.payload
         whole.nbytes[part] = sent.nbytes
 
-    held = []
-    with _told(channel, rnd):
-        for part, at in parts:
+    held, scalars, faults = [], [torch.zeros(0)], _Faults(channel, rnd)
+    for part, at in parts:
+        with faults.noted():
             # From the state before the round: what all workers share has moved already where an earlier chunk is done.
             u, new = method.up(take(before, at), down.rows(part), watch.grad, rnd.rows(part))
             workers = put(workers, at, new)
-            if len(u) == 0:
-                continue
-            if code.agrees:
+            if len(u) and code.agrees:
                 held.append((u, part, at))
-            else:
+                scalars.append(code.prepare(u, rnd.rows(part)))
+            elif len(u):
                 send(u, part, at, rnd, take(workers, at))
-        scalars = torch.cat([torch.zeros(0), *(code.prepare(u, rnd.rows(part)) for u, part, _ in held)])
+    faults.tell()
     if code.agrees:
         moved = workers
-        rnd = replace(rnd, agreed=channel.agree(scalars, rnd))
-        with _told(channel, rnd):
-            for u, part, at in held:
+        rnd = replace(rnd, agreed=channel.agree(torch.cat(scalars), rnd))
+        for u, part, at in held:
+            with faults.noted():
                 send(u, part, at, rnd, take(moved, at))
+        faults.tell()
     if whole is None:  # this process hosts none of the cohort
         whole = Messages(torch.zeros(0, width, dtype=torch.uint8), rnd.slots, rnd.slots, d)
     return whole, workers, rnd
-
-
-@contextmanager
-def _told(channel: Channel, rnd: Round) -> Iterator[None]:
-    """What is not finite here is every process's error, before any state has changed."""
-    try:
-        yield
-    except NonFiniteError as error:
-        channel.fail(error, rnd)
 
 
 def _without(rnd: Round, clients: tuple[int, ...], code: Compressor, d: int) -> Round:
