@@ -69,7 +69,9 @@ def run(
     step: Annotated[str, typer.Option(help="'theory' or a number.")] = "theory",
     multiple: Annotated[float, typer.Option(help="Times the step size.")] = 1.0,
     pl: PL = False,
-    ranks: Annotated[int, typer.Option(help="Processes under torchrun with gloo here; 0: the simulator.")] = 0,
+    ranks: Annotated[
+        int, typer.Option(help="Processes here, over gloo; one that is killed is replaced. 0: the simulator.")
+    ] = 0,
     dim: Dim = None,
     noise: Noise = None,
     split: Split = None,
