@@ -99,9 +99,11 @@ class Replicated(Local):
         return out
 
     def together(self, mine: Tensor) -> list[Tensor]:
-        """For keeping house: not counted as moved either."""
+        """For keeping house: not counted as moved either. When this returns, all ranks have what they asked for: one
+        that leaves then, as after a checkpoint, takes nothing away from the others."""
         moved = self.peers.moved
         out = self.peers.all(mine)
+        self.peers.barrier()
         self.peers.moved = moved
         return out
 

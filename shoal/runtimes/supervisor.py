@@ -29,7 +29,7 @@ from shoal.errors import PeerDied, PeerLost
 from shoal.runtimes import crash
 
 PATIENCE = 4.0  # seconds for a checkpoint after a signal
-PARTING = 10.0  # seconds for the others, once a rank has ended by itself
+PARTING = {True: 10.0, False: 2.0}  # seconds for the others, once a rank has ended by itself, well or not
 RESTARTS = 100
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
@@ -170,7 +170,7 @@ class Supervisor:
             if status < 0:
                 killed.append((rank, -status))
             elif self.until is None:
-                self.until = time.monotonic() + PARTING
+                self.until = time.monotonic() + PARTING[status == 0]
                 self.status = status
         if not killed or self.until is not None:
             return
