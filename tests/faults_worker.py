@@ -29,8 +29,25 @@ from shoal.runtimes import group as start  # noqa: E402
 from shoal.runtimes.peers import Peers  # noqa: E402
 from shoal.runtimes.replicated import Replicated  # noqa: E402
 
-STORE = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 attempts = 0
+
+
+def keeper() -> int:
+    """The port of a store that a process of its own keeps: a process that forks must have no threads."""
+    reads, writes = os.pipe()
+    lives, held = os.pipe()
+    if os.fork() == 0:
+        os.close(held)
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(writes, str(store.port).encode())
+        os.read(lives, 1)  # until the other end is closed, with the process that holds it
+        os._exit(0)
+    os.close(lives)
+    return int(os.read(reads, 10))
+
+
+PORT = keeper()
+STORE = dist.TCPStore("127.0.0.1", PORT, is_master=False, wait_for_workers=False)
 
 
 def told(error: BaseException) -> dict[str, Any]:
@@ -43,7 +60,7 @@ def forked(world: int, job: Callable[[int], Any], meddle: Callable[[list[int]], 
     """What `job(rank)` returns, or raised, in `world` forked processes; None for one that was killed."""
     global attempts
     attempts += 1
-    os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(STORE.port)}
+    os.environ |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)}
     os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempts)}
     with tempfile.TemporaryDirectory() as folder:
         pids = []
@@ -63,7 +80,7 @@ def forked(world: int, job: Callable[[int], Any], meddle: Callable[[list[int]], 
 
 def _child(job: Callable[[int], Any], rank: int, file: Path) -> None:
     os.environ["RANK"] = str(rank)
-    signal.alarm(40)  # nothing may hang: a rank that does is reported as none
+    signal.alarm(20)  # nothing may hang: a rank that does is reported as none
     try:
         result = job(rank)
     except Exception as error:
@@ -136,7 +153,7 @@ def die(how: int = signal.SIGKILL) -> None:
 
 def client() -> dist.Store:
     """The store, seen from a forked rank."""
-    return dist.TCPStore("127.0.0.1", STORE.port, is_master=False, wait_for_workers=False)
+    return dist.TCPStore("127.0.0.1", PORT, is_master=False, wait_for_workers=False)
 
 
 def death(place: str, victims: list[int], world: int = 4) -> dict[str, Any]:

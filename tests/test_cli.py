@@ -222,6 +222,8 @@ WRONG = {
     "out is full": (["run", "quadratics", "GD()", *SMALL, "--out", "full"], "not empty: resume it with --resume full"),
     "ranks": (["run", "quadratics", "GD()", *SMALL, "--ranks", "4"], "--ranks 4 for n=3"),
     "negative ranks": (["run", "quadratics", "GD()", *SMALL, "--ranks", "-1"], "--ranks -1"),
+    "timeout": (["run", "quadratics", "GD()", *SMALL, "--ranks", "2", "--timeout", "0"], "timeout=0.0: seconds"),
+    "drop": (["run", "quadratics", "Marina(RandK(2))", *SMALL, "--on-nonfinite", "drop"], "take 'skip', or a method"),
     "resume nothing": (["run", "--resume", "nosuch"], "there is no config.json"),
     "resume and more": (["run", "--resume", "full", "--rounds", "3"], "leave out rounds"),
     "resume Python's": (["run", "--resume", "full"], "resume it from Python"),

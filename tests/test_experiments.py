@@ -242,6 +242,7 @@ WRONG = {
             "pl": ["maybe"],
             "every": [0, "x"],
             "chunk": [0],
+            "on_nonfinite": ["ignore", None],
             "files": [3],
         },
     ),

@@ -376,7 +376,10 @@ def test_ranks_treat_what_is_not_finite_as_the_simulator_does():
     grid = json.loads(json.dumps([faults.grid_row(Local, client) for client in range(8)]))
     assert grid == [[[k, [(client + k) % 8], True] for k in range(1, 51)] for client in range(8)]
     for rank in found:
+        assert "error" not in rank, rank
         different = [name for name, seen in rank["runs"].items() if seen != expected[name]]
         assert not different
         assert rank["grid"] == grid
-        assert rank["raised"] == [said.replace(". ", ". (rank 0) ") for said in faults.raised(Local)]
+        where = {"client 1": 0, "client 4": 3}  # five clients on four ranks: 0, 1 | 2 | 3 | 4
+        expected_words = [said.replace(". ", f". (rank {where[said[:8]]}) ") for said in faults.raised(Local)]
+        assert rank["raised"] == expected_words

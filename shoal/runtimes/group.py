@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
-from shoal.errors import ConfigError, PeerLost, PeerTimeout
+from shoal.errors import ConfigError, PeerTimeout
 from shoal.runtimes.lines import TIMEOUT, Lines, meet
 from shoal.runtimes.peers import Peers
 
@@ -35,50 +36,61 @@ def checked_timeout(seconds: float) -> float:
     return float(seconds)
 
 
+def _bounded(action: Callable[[], Any], timeout: float, watch: Callable[[], None], late: PeerTimeout) -> Any:
+    """What `action` returns, or raises `late`: in a thread, since torch's connecting may outlast its own timeout."""
+    done: list[Any] = []
+    failed: list[RuntimeError] = []
+
+    def act() -> None:
+        try:
+            done.append(action())
+        except RuntimeError as error:
+            failed.append(error)
+
+    thread, end = threading.Thread(target=act, daemon=True), time.monotonic() + timeout
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.01)
+        watch()
+        if thread.is_alive() and time.monotonic() > end:
+            raise late
+    if failed:
+        raise failed[0]
+    return done[0]
+
+
 def _store(rank: int, timeout: float) -> dist.Store:
     host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), _number("MASTER_PORT")
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     wait = timedelta(seconds=timeout)
+    mend = "look whether rank 0, or torchrun, runs there"
+    late = PeerTimeout(f"no store at {host}:{port} within {timeout:g} s: {mend}.", [0])
     try:
-        return dist.TCPStore(host, port, is_master=rank == 0 and not kept, timeout=wait, wait_for_workers=False)
+        return _bounded(
+            lambda: dist.TCPStore(host, port, is_master=keeps, timeout=wait, wait_for_workers=False),
+            timeout, lambda: None, late,
+        )  # fmt: skip
     except RuntimeError as error:
-        said = str(error).splitlines()[0]
-        mend = "look whether rank 0, or torchrun, runs there"
-        raise PeerTimeout(f"no store at {host}:{port} within {timeout:g} s ({said}): {mend}.", [0]) from error
+        raise late from error
 
 
 def _open_gloo(store: dist.Store, lines: Lines) -> None:
-    """gloo's own connections, in a thread that may hang while the lines are watched."""
-    failed: list[RuntimeError] = []
-    given_up = False
+    """gloo's own connections, while the lines are watched."""
+    wait = timedelta(seconds=lines.timeout)
+    late = PeerTimeout(f"gloo did not connect within {lines.timeout:g} s, though all ranks are there.")
 
     def connect() -> None:
-        try:
-            dist.init_process_group(
-                "gloo", store=store, rank=lines.rank, world_size=lines.world, timeout=timedelta(seconds=lines.timeout)
-            )
-            if given_up:
-                dist.destroy_process_group()
-        except RuntimeError as error:
-            failed.append(error)
+        dist.init_process_group("gloo", store=store, rank=lines.rank, world_size=lines.world, timeout=wait)
+        if lines.closed:  # given up meanwhile: another attempt may be under way
+            dist.destroy_process_group()
 
     # torch puts this count into its keys. A start that was given up leaves it raised here, and not in a new process:
     # the two would wait for each other under different keys.
     dist.distributed_c10d._world.group_count = 0
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    end = time.monotonic() + lines.timeout
-    while thread.is_alive():
-        thread.join(0.01)
-        try:
-            lines.watch(0.0)
-        except PeerLost:
-            given_up = True
-            raise
-        if thread.is_alive() and time.monotonic() > end:
-            raise PeerTimeout(f"gloo did not connect within {lines.timeout:g} s, though all ranks are there.")
-    if failed:
-        lines.inquire(str(failed[0]).splitlines()[0])
+    try:
+        _bounded(connect, lines.timeout, lambda: lines.watch(0.0), late)
+    except RuntimeError as error:
+        lines.inquire(str(error).splitlines()[0])
 
 
 @contextmanager

@@ -41,10 +41,12 @@ class Peers:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, lines: Lines | None = None) -> None:
-        self.group = dist.distributed_c10d._get_default_group() if group is None else group
+        # None stays None: gloo's threads abort the process if a group lives on until the interpreter ends.
+        self.group = group
         self.world, self.rank, self.moved = dist.get_world_size(group), dist.get_rank(group), 0
-        self.lines = lines or _known(self.group, self.rank, self.world)
-        _LINES[self.group] = self.lines
+        known = dist.distributed_c10d._get_default_group() if group is None else group
+        self.lines = lines or _known(known, self.rank, self.world)
+        _LINES[known] = self.lines
         self.digest, self.round = bytes(8), 0
 
     def _fence(self, kind: int, body: bytes, nbytes: int = 0) -> None:
