@@ -35,6 +35,7 @@ class Attempts:
         self.number = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self._context: AbstractContextManager[Replicated] | None = None
         self._store: dist.TCPStore | None = None
+        self._left: list[dist.ProcessGroup] = []
         if self.supervised:
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             wait = timedelta(seconds=timeout)
@@ -89,6 +90,9 @@ class Attempts:
         """The channel of the next attempt, for which the others are waiting. Raises the error where there is none."""
         if self._store is None:
             raise error
+        if dist.is_initialized():
+            # Its end would wait for exchanges that will never be done. A supervised rank ends without tidying up.
+            self._left.append(dist.distributed_c10d._get_default_group())
         self._leave(error)
         end = time.monotonic() + self.timeout
         self._report(error)
