@@ -337,6 +337,7 @@ class Channel(Protocol):
 
     n: int
     clients: Tensor  # (m,) the clients hosted here
+    rank: int  # of this process
     serves: bool  # whether the server's half runs here
     meter: Meter
 
@@ -367,6 +368,10 @@ class Channel(Protocol):
 
     def moved(self) -> list[int]:
         """Bytes that each process has really sent to others, in the order of their ranks; empty in a simulator."""
+        ...
+
+    def together(self, mine: Tensor) -> list[Tensor]:
+        """Every process's tensor, all of one shape and type, in rank order: for keeping house, never counted."""
         ...
 
 

@@ -21,11 +21,14 @@
         ├── QuorumLost                too few are left for the round to mean anything
         └── CheckpointError           a checkpoint cannot be used
             ├── CheckpointCorrupt     the file is damaged or incomplete
+            ├── CheckpointWriteFailed (also OSError) a file of a run could not be written; what was there is as it was
             └── ResumeMismatch        the file is sound and belongs to another run
 
 Every message names the offending value, the rule it breaks and the mend. The classes carry no behavior: what
 distinguishes them is what a caller may do next (mend the settings, drop the frame, start afresh). Some name whom they
 are about: the clients of a NonFiniteError, the ranks and the round of a PeerLost.
+
+`CheckpointWarning` (a UserWarning) says that a damaged checkpoint was passed over for an older one.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ __all__ = [
     "BadMagic",
     "CheckpointCorrupt",
     "CheckpointError",
+    "CheckpointWarning",
+    "CheckpointWriteFailed",
     "ChecksumError",
     "ConfigError",
     "ConfigMismatch",
@@ -135,5 +140,17 @@ class CheckpointCorrupt(CheckpointError):
     """The checkpoint file is damaged or incomplete."""
 
 
+class CheckpointWriteFailed(CheckpointError, OSError):
+    """A file of a run could not be written (errno, path); the one of that name is as it was before."""
+
+    def __str__(self) -> str:
+        said = f"{self.filename} could not be written: {self.strerror} (errno {self.errno})."
+        return f"{said} What was there before is untouched; make room, then go on with --resume."
+
+
 class ResumeMismatch(CheckpointError):
     """The checkpoint is sound and belongs to a run with other settings."""
+
+
+class CheckpointWarning(UserWarning):
+    """A damaged checkpoint was passed over: the run goes on from an older one, to the same iterate."""

@@ -35,10 +35,10 @@ NAMES = {
         "shakespeare",
     ],
     errors: [
-        "BadMagic", "CheckpointCorrupt", "CheckpointError", "ChecksumError", "ConfigError", "ConfigMismatch",
-        "DataError", "LengthError", "NonFiniteError", "PayloadError", "PeerDied", "PeerLost", "PeerTimeout",
-        "QuorumLost", "ResumeMismatch",
-        "RoundMismatch", "ShoalError", "VersionMismatch", "WireError",
+        "BadMagic", "CheckpointCorrupt", "CheckpointError", "CheckpointWarning", "CheckpointWriteFailed",
+        "ChecksumError", "ConfigError", "ConfigMismatch", "DataError", "LengthError", "NonFiniteError", "PayloadError",
+        "PeerDied", "PeerLost", "PeerTimeout", "QuorumLost", "ResumeMismatch", "RoundMismatch", "ShoalError",
+        "VersionMismatch", "WireError",
     ],
 }  # fmt: skip
 KINDS = [(compressors, Compressor, zoo.COMPRESSORS), (methods, Method, zoo.METHODS), (problems, Problem, zoo.PROBLEMS)]
@@ -89,7 +89,8 @@ def test_parts_are_values(name, part, kind, members):
 
 def test_errors_are_one_tree():
     for name in errors.__all__:
-        assert issubclass(getattr(errors, name), errors.ShoalError)
+        warning = name.endswith("Warning")
+        assert issubclass(getattr(errors, name), UserWarning if warning else errors.ShoalError)
     assert issubclass(errors.ConfigError, ValueError)
     assert issubclass(errors.WireError, ValueError)
 

@@ -214,7 +214,7 @@ def test_an_interrupted_sweep_ends_at_the_same_bits(tmp_path, monkeypatch):
     assert cut.status == 130
     assert "shoal sweep --resume out" in cut.err
     assert [row["status"] for row in table(tmp_path / "out")] == ["open"]
-    assert list((tmp_path / "out").glob("points/*/checkpoint.npz")), "the worker had time for a checkpoint"
+    assert list((tmp_path / "out").glob("points/*/checkpoint-*.shoal")), "the worker had time for a checkpoint"
     monkeypatch.chdir(tmp_path)
     (resumed,) = sweep(load_spec(Path("out")), Path("out"), resume=True, workers=0)
     (point,) = load_spec(Path("out")).points().values()

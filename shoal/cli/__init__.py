@@ -6,10 +6,10 @@ What a command does is in experiments and report.
 from __future__ import annotations
 
 import inspect
-import os
 import re
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,14 +18,13 @@ from rich.table import Table
 
 from shoal import __version__, compressors, data, kernels, methods, problems, report
 from shoal.cli import bench, mean, plan, race, reproduce, run, sweep
-from shoal.cli.options import With, app, err_console, fail, out_console
-from shoal.errors import PeerLost, ShoalError
+from shoal.cli.options import With, app, err_console, out_console, spoken
+from shoal.errors import CheckpointWarning
 from shoal.experiments import sweep as sweeps
 from shoal.experiments.expressions import known_names
 from shoal.experiments.spec import ON_FILES
 from shoal.report import mean as means
 from shoal.report import mean_text
-from shoal.runtimes.replicated import started_by_torchrun
 
 __all__ = ["app", "bench", "main", "mean", "plan", "race", "reproduce", "run", "sweep"]
 
@@ -108,22 +107,14 @@ def _root(
     pass
 
 
-def _speaker(error: ShoalError) -> int:
-    """The rank that says for all what happened: the first that is not lost."""
-    lost = error.ranks if isinstance(error, PeerLost) else ()
-    return next(rank for rank in range(len(lost) + 1) if rank not in lost)
+def _note(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    """A warning as a line: what happened, and not where in the code."""
+    err_console.print(f"[bold]note:[/bold] {escape(' '.join(str(message).split()))}", soft_wrap=True, highlight=False)
 
 
 def main() -> None:
     """Run the command; every error that can be expected is one line and a non-zero exit."""
+    warnings.simplefilter("always", CheckpointWarning)
+    warnings.showwarning = _note  # type: ignore[assignment]
     kernels.when_compiling(lambda: err_console.print("compiling kernels (once: they are kept)", style="dim"))
-    try:
-        app()
-    except ShoalError as error:
-        if not started_by_torchrun() or int(os.environ["RANK"]) == _speaker(error):
-            fail(error)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        fail("interrupted.", 130)
-    except BrokenPipeError:
-        raise SystemExit(0) from None
+    spoken(app)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -14,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, PeerLost, ShoalError
 from shoal.experiments.spec import ProblemSpec
 from shoal.runtimes.ranks import Make, channel_of
 from shoal.runtimes.replicated import started_by_torchrun
@@ -84,6 +86,26 @@ def fail(error: Exception | str, status: int = 1) -> NoReturn:
     said = " ".join(str(error).split())  # what a user's own file raises may have several lines
     err_console.print(f"[bold red]error:[/bold red] {escape(said)}", soft_wrap=True, highlight=False)
     raise SystemExit(status)
+
+
+def _speaker(error: ShoalError) -> int:
+    """The rank that says for all what happened: the first that is not lost."""
+    lost = error.ranks if isinstance(error, PeerLost) else ()
+    return next(rank for rank in range(len(lost) + 1) if rank not in lost)
+
+
+def spoken(work: Callable[[], object]) -> None:
+    """Do the work; every error that can be expected is one line, of one rank, and a non-zero exit."""
+    try:
+        work()
+    except ShoalError as error:
+        if not started_by_torchrun() or int(os.environ["RANK"]) == _speaker(error):
+            fail(error)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        fail("interrupted.", 130)
+    except BrokenPipeError:
+        raise SystemExit(0) from None
 
 
 def new_folder(kind: str, name: str) -> Path:

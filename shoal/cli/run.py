@@ -7,7 +7,7 @@ import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 import typer
@@ -45,7 +45,7 @@ from shoal.cli.options import (
     fail,
     new_folder,
     out_console,
-    rank_words,
+    spoken,
     stored_spec,
 )  # fmt: skip
 from shoal.core import Method, OnNonFinite, Row
@@ -55,7 +55,8 @@ from shoal.experiments.folder import make_folder, versions
 from shoal.experiments.run import Run, load_result, prepare, simulate
 from shoal.experiments.spec import ProblemSpec, RunSpec
 from shoal.problems.secants import Seen
-from shoal.runtimes import checked_policy, replicated
+from shoal.runtimes import checked_policy, replicated, supervisor
+from shoal.runtimes.attempts import Attempts
 from shoal.runtimes.group import checked_timeout
 from shoal.runtimes.lines import TIMEOUT
 from shoal.runtimes.ranks import Make
@@ -120,16 +121,18 @@ def run(
         )  # fmt: skip
         out = out or new_folder("run", spec.problem.name)
     checked_timeout(timeout)
-    make = channel_given(channel, ranks)
+    make, resuming = channel_given(channel, ranks), resume is not None
     if ranks and not replicated.started_by_torchrun():
-        _check(spec, ranks, out, resuming=resume is not None)
-        status = replicated.launch(ranks, rank_words(context, out))
+        torch.set_num_threads(1)  # before anything computes: a fork has no threads but its own
+        objects = _check(spec, ranks, out, resuming)
+        status = supervisor.launch(ranks, lambda: spoken(lambda: _run(spec, objects, out, resuming, make, timeout)))
         if status:
             raise SystemExit(status)
-        # Here and not in a rank: torchrun reports every other status than 0 as a crash.
         _judge(load_result(out) or {}, spec)
         return
-    _run(spec, out, resume is not None, make, timeout)
+    with err_console.status(f"reading {escape(spec.problem.name)}"):
+        objects = _objects(spec)
+    _run(spec, objects, out, resuming, make, timeout)
 
 
 def _step(text: str) -> float | Literal["theory"]:
@@ -145,8 +148,8 @@ def _objects(spec: RunSpec) -> tuple[Any, Method]:
     return spec.problem.build(spec.files), parse(spec.method, known_names(spec.files), Method)
 
 
-def _check(spec: RunSpec, ranks: int, out: Path, resuming: bool) -> None:
-    """What can be wrong is said here, once, and not by every rank."""
+def _check(spec: RunSpec, ranks: int, out: Path, resuming: bool) -> tuple[Any, Method]:
+    """What can be wrong is said here, once, and not by every rank; the objects, loaded once for all of them."""
     problem, method = _objects(spec)
     checked_policy(spec.on_nonfinite, method)
     checked_ranks(ranks, problem.n)
@@ -156,12 +159,12 @@ def _check(spec: RunSpec, ranks: int, out: Path, resuming: bool) -> None:
     )  # fmt: skip
     if not resuming:
         make_folder(out)
+    return problem, method
 
 
-def _run(spec: RunSpec, out: Path, resuming: bool, make: Make, timeout: float) -> None:
+def _run(spec: RunSpec, objects: tuple[Any, Method], out: Path, resuming: bool, make: Make, timeout: float) -> None:
     torch.set_num_threads(1)
-    with err_console.status(f"reading {escape(spec.problem.name)}"):
-        problem, method = _objects(spec)
+    problem, method = objects
     stored = json.loads(spec.model_dump_json())
     options: dict[str, Any] = {
         "rounds": spec.rounds, "bits": spec.bits, "target": spec.target, "seed": spec.seed, "step": spec.step,
@@ -169,11 +172,16 @@ def _run(spec: RunSpec, out: Path, resuming: bool, make: Make, timeout: float) -
         "on_nonfinite": spec.on_nonfinite,
     }  # fmt: skip
     if replicated.started_by_torchrun():
-        with replicated.connected(problem.n, stored | {"versions": versions()}, make, timeout) as channel:
-            first = channel.peers.rank == 0
-            place: dict[str, Any] = {"out": out, "resume": resuming} if first else {}
-            run = simulate(problem, method, channel=channel, **place, **options)
-            meter, most = channel.meter, max(run.moved)
+        config = stored | {"versions": versions()}
+        with Attempts(lambda still: replicated.connected(problem.n, config, make, timeout, still), timeout) as attempts:
+            first = attempts.channel.rank == 0
+            try:
+                run = simulate(problem, method, attempts=attempts, out=out, resume=resuming, **options)
+            except KeyboardInterrupt:
+                if first:
+                    _interrupted(out)
+                raise SystemExit(130) from None
+            meter, most = attempts.channel.meter, max(run.moved)
             words = (
                 f"{len(run.moved)} ranks over gloo; moved {sum(run.moved):,} bytes, at most {most:,} by one; "
                 f"payload up {meter.up:,}, framed {meter.up_framed:,}"
@@ -189,11 +197,15 @@ def _run(spec: RunSpec, out: Path, resuming: bool, make: Make, timeout: float) -
             run = simulate(problem, method, out=out, resume=resuming, record=_follow(bar, task, spec), **options)
         except KeyboardInterrupt:
             bar.stop()
-            if (out / "checkpoint.npz").exists():
-                fail(f"interrupted; go on with: shoal run --resume {shlex.quote(str(out))}", 130)
-            fail("interrupted.", 130)
+            _interrupted(out)
     _show(run, out, "")
     _judge(run.result(), spec)
+
+
+def _interrupted(out: Path) -> NoReturn:
+    if any(out.glob("checkpoint-*.shoal")):
+        fail(f"interrupted; go on with: shoal run --resume {shlex.quote(str(out))}", 130)
+    fail("interrupted.", 130)
 
 
 def _judge(result: dict[str, Any], spec: RunSpec) -> None:

@@ -30,11 +30,12 @@ from shoal.compressors.correlated import agree_locally
 from shoal.core import Compressor, Method, Problem, Row
 from shoal.errors import ConfigError, ResumeMismatch
 from shoal.experiments.expressions import compact, known_names, parse
-from shoal.experiments.folder import digest, machine, make_folder, versions, write_json
+from shoal.experiments.folder import machine, make_folder, versions, write_json
 from shoal.experiments.run import Run, fingerprint, load_result, prepare, simulate
 from shoal.experiments.spec import RaceSpec
 from shoal.messages import Round
 from shoal.runtimes.ranks import Ranks
+from shoal.wire import digest
 
 UNPROVED = (-8, 4)  # exponents tried where no theorem gives a step size: multiples of 1/L_-
 TRY = 0.25  # the share of the budget that a try may spend

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,20 +18,26 @@ import torch
 from shoal import kernels
 from shoal.core import Channel, Method, OnNonFinite, Problem, Recorder, Row, State
 from shoal.descents import Step
-from shoal.errors import CheckpointCorrupt, ConfigError, NonFiniteError
+from shoal.errors import CheckpointCorrupt, ConfigError, NonFiniteError, PeerLost
+from shoal.experiments.checkpoint import Checkpoints, Found
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import Folder
+from shoal.experiments.interrupts import Interrupts, Pulse
+from shoal.experiments.recovery import Memory
 from shoal.messages import Round
 from shoal.problems.secants import Seen, Trail
 from shoal.rng import checked_seed
 from shoal.runtimes import Local, checked_policy, chunks, rounds
+from shoal.runtimes.attempts import Attempts
 from shoal.theory import Setting, Smoothness, StepSize
+from shoal.wire import digest
 
 if TYPE_CHECKING:
     import pyarrow
     from matplotlib.figure import Figure
 
 Stopped = Literal["target", "rounds", "bits", "diverged"]
+PATH_MAX = 4096  # bytes of a folder's name
 EXPLODED = 1e12  # a run whose ||grad f||^2 has grown by this factor is called diverged
 
 
@@ -110,6 +115,7 @@ class Run:
     def save(self, path: str | Path) -> Path:
         """Write a run folder that `shoal report` reads."""
         folder = Folder(Path(path), self.facts)
+        folder.begin()
         for row in self.rows:
             folder.record(row)
         folder.finish(self.result())
@@ -122,32 +128,6 @@ def arrived(row: Row, first: Row, target: float | None) -> bool:
     Far out, the gradient of a bounded loss vanishes as well: a step size that throws the iterate there has won nothing.
     """
     return target is not None and row.grad_norm_sq <= target and row.value <= first.value
-
-
-class Interrupts:
-    """Ctrl-C and SIGTERM wait for the end of the round, so that a checkpoint is always of a whole one; the second
-    Ctrl-C does not wait."""
-
-    def __init__(self) -> None:
-        self.asked: int | None = None
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked is not None:
-            raise KeyboardInterrupt
-        self.asked = number
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Handlers in place; only the main thread can have any."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def prepare(
@@ -222,69 +202,69 @@ def execute(
     every: int = 1,
     chunk: int | None = None,
     folder: Folder | None = None,
+    checkpoints: Checkpoints | None = None,
+    memory: Memory | None = None,
     record: Recorder | None = None,
     on_nonfinite: OnNonFinite = "raise",
-    faults: list[dict[str, Any]] | None = None,
-    trail: Trail | None = None,
-) -> tuple[list[Row], State, Stopped, str]:
-    """Run until the target, the budget or divergence; rows, final state, why it stopped, and a note.
-
-    Rounds that were skipped, or held without some clients, are appended to `faults`. The trail is told the recorded
-    points.
-    """
-    trail = trail or Trail()
-    rows: list[Row] = list(folder.rows) if folder else []
+    interrupts: Interrupts,
+    found: Found | None = None,
+    rows: list[Row],
+    faults: list[dict[str, Any]],
+    trail: Trail,
+) -> tuple[State, Stopped, str]:
+    """Run until the target, the budget or divergence; final state, why it stopped, and a note. Goes on from what was
+    `found`. `rows`, the rounds that were skipped or held without some clients, `faults`, and the trail, which is told
+    the recorded points, are filled on the way."""
+    state, rows[:], faults[:] = (None, [], []) if found is None else found[:3]
+    trail.restore(**(Trail().arrays() if found is None else found.trail))
+    if state is not None:
+        channel.meter = replace(state.meter)
+    if folder is not None:
+        folder.begin(rows)
     before, began = rows[-1].seconds if rows else 0.0, time.perf_counter()
-    state = None
-    if folder is not None and folder.state is not None:
-        x = problem.start()
-        server, workers = method.init(x, Round.full(0, seed, channel.n, channel.clients))
-        state = folder.restore(State(0, x, server, workers, descent.init(x)), trail)
-        if state is not None:
-            channel.meter = state.meter
-    interrupts, hosts_all = Interrupts(), len(channel.clients) == channel.n
-    with interrupts.held():
-        events = rounds(method, descent, problem, channel, seed, state, chunk, on_nonfinite, trail)
-        while True:
-            try:
-                event = next(events)
-            except NonFiniteError as error:
-                assert state is not None  # x^0 is yielded before anything is compressed
-                if rows[-1].round < state.index:
-                    spent = state.meter.bits(channel.n)
-                    rows.append(
-                        Row(state.index, *event.measured, **spent, seconds=before + time.perf_counter() - began)
-                    )
-                    if folder is not None:
-                        folder.record(rows[-1])
-                return rows, state, "diverged", str(error)
-            state = event.state
-            if event.fault is not None and faults is not None:
-                fault = {"round": state.index - 1, "clients": list(event.fault.clients), "said": str(event.fault)}
-                faults.append(fault | {"policy": on_nonfinite})
-            k, spent = state.index, state.meter.bits(channel.n)
-            last = (limit is not None and k >= limit) or (bits is not None and spent["up_bits"] >= bits)
-            if (k % every == 0 or last) and not (rows and rows[-1].round >= k):
-                value, norm = event.measured
-                row = Row(k, value, norm, **spent, seconds=before + time.perf_counter() - began)
-                rows.append(row)
+    pulse = Pulse(channel, state.index if state is not None else 0)
+    events = rounds(method, descent, problem, channel, seed, state, chunk, on_nonfinite, trail)
+    while True:
+        try:
+            event = next(events)
+        except NonFiniteError as error:
+            assert state is not None  # x^0 is yielded before anything is compressed
+            if rows[-1].round < state.index:
+                spent = state.meter.bits(channel.n)
+                rows.append(Row(state.index, *event.measured, **spent, seconds=before + time.perf_counter() - began))
                 if folder is not None:
-                    folder.record(row)
-                if record is not None:
-                    record(row)
-            reached = rows[-1]
-            if not math.isfinite(reached.value + reached.grad_norm_sq) or (
-                reached.grad_norm_sq > EXPLODED * max(rows[0].grad_norm_sq, 1e-300)
-            ):
-                return rows, state, "diverged", "||grad f||^2 exploded"
-            if arrived(reached, rows[0], target):
-                return rows, state, "target", ""
-            if last:
-                return rows, state, "rounds" if limit is not None and k >= limit else "bits", ""
-            if folder is not None and (folder.due or interrupts.asked is not None) and hosts_all:
-                folder.checkpoint(state, trail)
-            if interrupts.asked is not None:
-                raise KeyboardInterrupt if interrupts.asked == signal.SIGINT else SystemExit(143)
+                    folder.record(rows[-1])
+            return state, "diverged", str(error)
+        state = event.state
+        if event.fault is not None:
+            fault = {"round": state.index - 1, "clients": list(event.fault.clients), "said": str(event.fault)}
+            faults.append(fault | {"policy": on_nonfinite})
+        if memory is not None:
+            memory.commit(state, trail)
+        k, spent = state.index, state.meter.bits(channel.n)
+        last = (limit is not None and k >= limit) or (bits is not None and spent["up_bits"] >= bits)
+        if (k % every == 0 or last) and not (rows and rows[-1].round >= k):
+            value, norm = event.measured
+            row = Row(k, value, norm, **spent, seconds=before + time.perf_counter() - began)
+            rows.append(row)
+            if folder is not None:
+                folder.record(row)
+            if record is not None:
+                record(row)
+        reached = rows[-1]
+        if not math.isfinite(reached.value + reached.grad_norm_sq) or (
+            reached.grad_norm_sq > EXPLODED * max(rows[0].grad_norm_sq, 1e-300)
+        ):
+            return state, "diverged", "||grad f||^2 exploded"
+        if arrived(reached, rows[0], target):
+            return state, "target", ""
+        if last:
+            return state, "rounds" if limit is not None and k >= limit else "bits", ""
+        asked, due = pulse(k, interrupts.asked, checkpoints is not None and checkpoints.due)
+        if checkpoints is not None and (due or asked is not None):
+            checkpoints.save(state, rows, faults, trail)
+        if asked is not None:
+            raise KeyboardInterrupt if asked == signal.SIGINT else SystemExit(143)
 
 
 def simulate(
@@ -304,6 +284,7 @@ def simulate(
     resume: bool = False,
     record: Callable[[Row], None] | None = None,
     channel: Channel | None = None,
+    attempts: Attempts | None = None,
     facts: dict[str, Any] | None = None,
     on_nonfinite: OnNonFinite = "raise",
 ) -> Run:
@@ -313,10 +294,12 @@ def simulate(
     (with f no higher than at the start, see `arrived`).
     step: "theory" or a number; multiple: times that. pl: the PL theorem's step size. every: measure every so many
     rounds. chunk: clients at a time (default: what keeps temporaries at 16 MiB). out: a run folder, checkpointed every
-    five seconds and on Ctrl-C; resume=True goes on from there and ends at the identical iterate. record: called with
-    each row. channel: where messages go (default: `Local`); a run over ranks is resumed by replaying it from round 0.
-    facts: stored in config.json beside the run's own settings. on_nonfinite: what becomes of a round in which a client
-    has a NaN or an infinity: "raise" (the run ends, diverged), "skip" it, "drop" the client from it (docs/faults.md).
+    five seconds and on Ctrl-C; resume=True goes on from there, on as many processes as there are now, and ends at the
+    identical iterate. record: called with each row. channel: where messages go (default: `Local`); every process gives
+    the same arguments, and the first one writes rows and result. attempts: channels that follow one another as ranks
+    are lost and replaced; the run goes on where all of them stood. facts: stored in config.json beside the settings.
+    on_nonfinite: what becomes of a round in which a client has a NaN or an infinity: "raise" (the run ends, diverged),
+    "skip" it, "drop" the client from it (docs/faults.md).
     Raises ConfigError before anything runs if the parts do not fit together.
 
         >>> import shoal
@@ -332,41 +315,90 @@ def simulate(
     budget: dict[str, Any] = {"rounds": rounds, "bits": bits, "target": target}
     checked_policy(on_nonfinite, made)
     ready, theory, gamma = prepare(problem, made, step=step, multiple=multiple, pl=pl, **budget)
-    label, descent, folder = compact(made), Step(gamma), None
+    label, descent = compact(made), Step(gamma)
+    folder: Folder | None = None
+    checkpoints: Checkpoints | None = None
     rule = "theory" if step == "theory" else "given"
     config: dict[str, Any] = {"problem": {"name": problem.name, "n": problem.n, "d": problem.d}, "method": label}
     config |= {"seed": seed, **budget, "step": {"rule": rule, "gamma": gamma, "multiple": multiple}, "every": every}
     config["on_nonfinite"] = on_nonfinite
-    channel, smoothness, trail = channel or Local(problem.n), problem.smoothness(), Trail()
+    channel = channel or (Local(problem.n) if attempts is None else attempts.channel)
+    smoothness, shaken = problem.smoothness(), None
     if len(channel.clients) < problem.n:
         # To six digits: what machines may differ in is the last bits, and those of gamma decide.
         constants = {k: f"{v:.6g}" for k, (v, _) in smoothness.facts().items()}
-        channel.open(config | {"resolved": compact(ready), "constants": constants})
-    if out is not None:
-        # Identity is what the problem computes: a repr may hold an address, or leave out the split.
-        config["problem"]["start"] = fingerprint(problem, chunk)
-        known = {"smoothness": {k: list(v) for k, v in smoothness.facts().items()}, "title": label}
-        folder = Folder(Path(out), config, resume, {**known, "described": repr(problem), **(facts or {})})
-        if len(channel.clients) < problem.n:
-            folder.forget()  # a checkpoint of all clients is not one of this rank's: the run is replayed
-    if len(channel.clients) < problem.n:
-        problem = problem.only(channel.clients)
-    faults: list[dict[str, Any]] = []
-    try:
-        rows, state, stopped, note = execute(
+        shaken = config | {"resolved": compact(ready), "constants": constants}
+    whole, rows, faults, trail = problem, list[Row](), list[dict[str, Any]](), Trail()
+    if shaken is not None:
+        problem = whole.only(channel.clients)
+    memory: Memory | None = None
+    interrupts = Interrupts()
+
+    def begun(channel: Channel) -> Found | None:
+        """Everything that ranks do together before the first round of an attempt."""
+        nonlocal folder, checkpoints, memory
+        if shaken is not None:
+            channel.open(shaken)
+        if out is None:
+            return None
+        if channel.rank == 0 and folder is None:
+            # Identity is what the problem computes: a repr may hold an address, or leave out the split.
+            config["problem"] = {**config["problem"], "start": fingerprint(whole, chunk)}
+            known = {"smoothness": {k: list(v) for k, v in smoothness.facts().items()}, "title": label}
+            replaced = attempts is not None and attempts.number > 0
+            if replaced:  # its predecessor died behind its last word, which is said again
+                (Path(out) / "result.json").unlink(missing_ok=True)
+            folder = Folder(Path(out), config, resume or replaced, {**known, "described": repr(whole), **(facts or {})})
+        # From the first rank: only it knows the fingerprint, and a folder named after the time may differ.
+        said = digest(config) + os.fsencode(out).ljust(PATH_MAX, b"\0")
+        heard = bytes(channel.together(torch.tensor(list(said), dtype=torch.uint8))[0].tolist())
+        identity, place = heard[:8], Path(os.fsdecode(heard[8:].rstrip(b"\0")))
+        checkpoints = Checkpoints(place, identity.hex(), channel)
+        x = problem.start()
+        server, workers = ready.init(x, Round.full(0, seed, channel.n, channel.clients))
+        fresh = State(0, x, server, workers, descent.init(x))
+        found = None
+        if attempts is not None and attempts.supervised:
+            memory = memory or Memory(place, identity, channel, checkpoints.world, fresh)
+            if attempts.number > 0:
+                found = memory.stand(attempts.channel, rows, faults)
+        return found or checkpoints.load(fresh)
+
+    def ended(channel: Channel) -> Run:
+        """One attempt, to its end."""
+        found = begun(channel)
+        state, stopped, note = execute(
             problem, ready, descent, channel, seed=seed, limit=rounds, bits=bits, target=target, every=every,
-            chunk=chunk, folder=folder, record=record, on_nonfinite=on_nonfinite, faults=faults, trail=trail,
+            chunk=chunk, folder=folder, checkpoints=checkpoints, memory=memory, record=record,
+            on_nonfinite=on_nonfinite, interrupts=interrupts, found=found, rows=rows, faults=faults, trail=trail,
         )  # fmt: skip
-    except BaseException:  # whatever cut it, the rows so far are on the disk
+        run = Run(
+            label, ready, theory, gamma, rows, state.x, stopped, note, target, faults, config, channel.moved(),
+            smoothness, trail.seen,
+        )  # fmt: skip
         if folder is not None:
-            folder.close()
-        raise
-    run = Run(
-        label, ready, theory, gamma, rows, state.x, stopped, note, target, faults, config, channel.moved(), smoothness,
-        trail.seen,
-    )  # fmt: skip
-    if folder is not None:
-        folder.finish(run.result())
+            folder.finish(run.result())
+        if checkpoints is not None:
+            channel.together(torch.zeros(1))  # the result is there: nobody is needed any more
+            checkpoints.discard()
+        return run
+
+    with interrupts.held():
+        try:
+            while True:
+                try:
+                    run = ended(channel)
+                    break
+                except PeerLost as error:
+                    if attempts is None:
+                        raise
+                    channel = attempts.again(error)
+        except BaseException:  # whatever cut it, the rows so far are on the disk
+            if folder is not None:
+                folder.close()
+            raise
+    if memory is not None:
+        memory.close(ended=True)
     return run
 
 

@@ -78,28 +78,32 @@ def _open_gloo(store: dist.Store, lines: Lines) -> None:
     """gloo's own connections, while the lines are watched."""
     wait = timedelta(seconds=lines.timeout)
     late = PeerTimeout(f"gloo did not connect within {lines.timeout:g} s, though all ranks are there.")
+
+    def connect() -> None:
+        dist.init_process_group("gloo", store=store, rank=lines.rank, world_size=lines.world, timeout=wait)
+        if lines.closed:  # given up meanwhile: another attempt may be under way
+            dist.destroy_process_group()
+
+    # torch puts this count into its keys. A start that was given up leaves it raised here, and not in a new process:
+    # the two would wait for each other under different keys.
+    dist.distributed_c10d._world.group_count = 0
     try:
-        _bounded(
-            lambda: dist.init_process_group(
-                "gloo", store=store, rank=lines.rank, world_size=lines.world, timeout=wait
-            ),
-            lines.timeout, lambda: lines.watch(0.0), late,
-        )  # fmt: skip
+        _bounded(connect, lines.timeout, lambda: lines.watch(0.0), late)
     except RuntimeError as error:
         lines.inquire(str(error).splitlines()[0])
 
 
 @contextmanager
-def group(timeout: float = TIMEOUT) -> Iterator[Peers]:
+def group(timeout: float = TIMEOUT, still: Callable[[], None] = lambda: None) -> Iterator[Peers]:
     """The ranks that torchrun (or RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) says, connected within `timeout` seconds;
-    none waits longer than that for another. At the end all say farewell, and why.
+    none waits longer than that for another. At the end all say farewell, and why. `still`: see `lines.meet`.
 
     Raises PeerTimeout and PeerDied, naming the ranks.
     """
     timeout, rank, world = checked_timeout(timeout), _number("RANK"), _number("WORLD_SIZE")
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     store = dist.PrefixStore(f"shoal/{attempt}", _store(rank, timeout))
-    lines = meet(store, rank, world, timeout, attempt)
+    lines = meet(store, rank, world, timeout, attempt, still)
     try:
         _open_gloo(dist.PrefixStore("gloo", store), lines)
         peers = Peers(lines=lines)

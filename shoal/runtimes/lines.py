@@ -14,6 +14,7 @@ import socket
 import struct
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 from weakref import WeakSet
@@ -252,8 +253,16 @@ def _host(store: Store) -> str:
         return str(probe.getsockname()[0])
 
 
-def meet(store: Store, rank: int, world: int, timeout: float = TIMEOUT, attempt: int = 0) -> Lines:
-    """The lines of all ranks that find each other through `store` within `timeout` seconds.
+def meet(
+    store: Store,
+    rank: int,
+    world: int,
+    timeout: float = TIMEOUT,
+    attempt: int = 0,
+    still: Callable[[], None] = lambda: None,
+) -> Lines:
+    """The lines of all ranks that find each other through `store` within `timeout` seconds; `still` is called while
+    they wait, and raises PeerLost where this attempt is not the newest any more.
 
     Raises PeerTimeout naming those that did not come, PeerDied naming those that came and died, PeerLost if the store
     itself is gone.
@@ -272,6 +281,7 @@ def meet(store: Store, rank: int, world: int, timeout: float = TIMEOUT, attempt:
                     who = sorted(missing)
                     raise PeerTimeout(f"{ranks(who)} did not come within {timeout:g} s of the start: look whether they "
                                       "run, and reach this machine; --timeout gives them longer.", who)  # fmt: skip
+                still()
                 lines.watch(0.002 if missing else 0.0)
         except RuntimeError as error:  # torch's own errors of the store
             lost = PeerLost(f"the store that the ranks meet through is gone: {str(error).splitlines()[0]}")

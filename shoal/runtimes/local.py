@@ -18,7 +18,7 @@ SCALAR = 4  # an agreement costs one float32 up and one down a client
 class Local:
     """The channel of a process that hosts all n clients."""
 
-    serves = True
+    rank, serves = 0, True
 
     def __init__(self, n: int, meter: Meter | None = None) -> None:
         self.n, self.clients, self.meter = n, torch.arange(n), meter or Meter()
@@ -66,3 +66,7 @@ class Local:
     def moved(self) -> list[int]:
         """Nothing moves."""
         return []
+
+    def together(self, mine: Tensor) -> list[Tensor]:
+        """There is no other process."""
+        return [mine]

@@ -9,6 +9,7 @@ Sums never go through all_reduce, whose order of summation is its own.
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -68,8 +69,15 @@ class Peers:
             self.lines.inquire(str(error).splitlines()[0])
 
     def _wait(self, work: dist.Work | None) -> None:
-        if work is not None:  # a group's own limit may be 30 minutes
-            work.wait(timedelta(seconds=self.lines.timeout))
+        """Until the exchange is done, or the lines say that it never will be: gloo waits for its neighbors, and these
+        may have left because of another's end, with their sockets still open."""
+        if work is None:
+            return
+        pause, end = 5e-5, time.monotonic() + self.lines.timeout  # a group's own limit may be 30 minutes
+        while not work.is_completed() and time.monotonic() < end:
+            self.lines.watch(pause)
+            pause = min(1.25 * pause, 2e-3)  # a quarter of the time that has passed, at most
+        work.wait(timedelta(seconds=max(end - time.monotonic(), 1e-3)))
 
     def all(self, mine: Tensor, what: str = "") -> list[Tensor]:
         """Every rank's tensor, in rank order; all of one shape and type. `what`: in words, the same at all ranks."""

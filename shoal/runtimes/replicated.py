@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -20,6 +20,7 @@ from shoal import rng
 from shoal.core import Compressor, Meter
 from shoal.errors import ConfigError, NonFiniteError
 from shoal.messages import Messages, Round, Rows
+from shoal.runtimes import crash
 from shoal.runtimes.group import group
 from shoal.runtimes.lines import TIMEOUT
 from shoal.runtimes.local import Local
@@ -41,7 +42,7 @@ class Replicated(Local):
                 f"{peers.world} ranks for n={n} clients: a rank hosts at least one; start at most {n} ranks."
             )
         self.shares = torch.arange(n).tensor_split(peers.world)
-        self.clients = self.shares[peers.rank]
+        self.rank, self.clients = peers.rank, self.shares[peers.rank]
         peers.digest = digest
 
     @property
@@ -73,16 +74,20 @@ class Replicated(Local):
         most = max(counts)
         padded = torch.zeros((most, *mine.shape[1:]), dtype=mine.dtype)
         padded[: len(mine)] = mine
+        moved = self.peers.moved
         out = self.peers.all(padded, what)
-        self.meter.moved = self.peers.moved
+        self.meter.moved += self.peers.moved - moved
         return torch.cat([rows[:count] for rows, count in zip(out, counts, strict=True)])
 
     def gather(self, up: Messages, code: Compressor, rnd: Round) -> Messages:
         """One all-gather of frames, padded to the code's capacity."""
+        crash.here("before-gather", self.rank, rnd.index)
         width = code.capacity(rnd.cohort, up.d)
         stamp = Stamp(rng.LAYOUT, UP, rnd.index, rnd.cohort, up.d, self.digest)
         frames = frame(up.payload, up.nbytes, up.slots, stamp, width)
-        payload, nbytes, slots = unframe(self._all(frames, rnd, f"messages of {code!r}, d={up.d}"), stamp)
+        everyone = self._all(frames, rnd, f"messages of {code!r}, d={up.d}")
+        crash.here("after-gather", self.rank, rnd.index)
+        payload, nbytes, slots = unframe(everyone, stamp)
         return Messages(payload.contiguous(), nbytes, slots, up.d)
 
     def agree(self, values: Tensor, rnd: Round) -> float:
@@ -91,17 +96,36 @@ class Replicated(Local):
 
     def collect(self, values: Tensor, rows: Rows) -> tuple[Tensor, Rows]:
         """For measuring: not counted as moved either."""
-        moved = self.peers.moved
+        crash.here("measuring", self.rank, self.peers.round)
+        moved = self.peers.moved, self.meter.moved
         out = self._all(values), self._all(rows)
-        self.peers.moved = self.meter.moved = moved
+        self.peers.moved, self.meter.moved = moved
         return out
 
     def moved(self) -> list[int]:
         """What each rank has really sent, in bytes; to ask is not counted."""
-        moved = self.meter.moved
-        found = [int(said) for said in self.peers.all(torch.tensor([moved]))]
+        return [int(said) for said in self.together(torch.tensor([self.meter.moved]))]
+
+    def together(self, mine: Tensor) -> list[Tensor]:
+        """For keeping house: not counted as moved either. When this returns, all ranks have what they asked for: one
+        that leaves then, as after a checkpoint, takes nothing away from the others."""
+        moved = self.peers.moved
+        out = self.peers.all(mine)
+        self.peers.barrier()
         self.peers.moved = moved
-        return found
+        return out
+
+    def hand(self, mine: bytes, source: int, wanting: Sequence[bool]) -> bytes:
+        """What `source` says, at the ranks that want it; elsewhere nothing. Not counted."""
+        moved = self.peers.moved
+        size = int(self.peers.all(torch.tensor([len(mine)]))[source])
+        here, empty = torch.tensor(list(mine), dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8)
+        gives, takes = self.rank == source, wanting[self.rank]
+        pieces = [here if gives and wants else empty for wants in wanting]
+        sizes = [size if takes and rank == source else 0 for rank in range(self.peers.world)]
+        out = self.peers.swap(pieces, sizes, "a state")[source]
+        self.peers.moved = moved
+        return out.numpy().tobytes()
 
 
 def started_by_torchrun() -> bool:
@@ -115,12 +139,13 @@ def connected(
     config: dict[str, Any],
     make: Callable[[int, bytes, Peers], Replicated] = Replicated,
     timeout: float = TIMEOUT,
+    still: Callable[[], None] = lambda: None,
 ) -> Iterator[Replicated]:
     """The channel over a gloo group of torchrun's ranks, all of which have this config; destroyed at the end.
 
     No rank waits longer than `timeout` seconds for another. Raises ConfigMismatch, PeerTimeout, PeerDied.
     """
-    with group(timeout) as peers:
+    with group(timeout, still) as peers:
         peers.handshake(config)
         yield make(n, peers.digest, peers)
 

@@ -76,13 +76,18 @@ class Watch:
             ops.add_rows(rows, total[:-1])
             ops.add_rows(values[:, None], total[-1:])
             if secant is not None:
-                assert self._all is not None  # such a run begins at x^0
-                secant.add(self._all, rows)
+                secant.add(self._everyones() if self._all is None else self._all, rows)
             self._all = rows if asked else None
         if trail is not None:
             trail.reach(x, secant)
         total /= n
         return float(total[-1]), ops.square_norm(total[:-1])
+
+    def _everyones(self) -> Rows:
+        """All clients' gradients at the last measured point, for a process that was not there. Collective."""
+        assert self.trail is not None
+        found = [self.problem.evaluate(self.trail.x, self.channel.clients[part]) for part in self.parts]
+        return self.channel.collect(torch.cat([v for v, _ in found]), torch.cat([r for _, r in found]))[1]
 
     def _before(self, part: slice) -> Rows:
         """The gradients at the last measured point: remembered, or computed again."""
@@ -116,7 +121,7 @@ class Watch:
 
 
 @cache
-def _row_fields(kind: type) -> frozenset[str]:
+def row_fields(kind: type) -> frozenset[str]:
     """The fields of a state that hold one row a hosted client."""
     return frozenset(name for name, hint in get_type_hints(kind, include_extras=True).items() if hint == Rows)
 
@@ -125,7 +130,7 @@ def take(state: Any, part: Hosted) -> Any:
     """The state of some of the hosted clients: their rows of every `Rows` field."""
     if state == ():
         return state
-    rows = _row_fields(type(state))  # type: ignore[arg-type]
+    rows = row_fields(type(state))  # type: ignore[arg-type]
     return type(state)(*(v[part] if f in rows else v for f, v in zip(state._fields, state, strict=True)))
 
 
@@ -133,7 +138,7 @@ def own(state: Any) -> Any:
     """The state with its rows copied, so that `put` may write into them: what was yielded stays what it was."""
     if state == ():
         return state
-    rows = _row_fields(type(state))  # type: ignore[arg-type]
+    rows = row_fields(type(state))  # type: ignore[arg-type]
     return type(state)(*(v.clone() if f in rows else v for f, v in zip(state._fields, state, strict=True)))
 
 
@@ -143,7 +148,7 @@ def put(state: Any, part: Hosted, new: Any) -> Any:
         return new
     fields = []
     for name, old, value in zip(state._fields, state, new, strict=True):
-        rows = name in _row_fields(type(state))  # type: ignore[arg-type]
+        rows = name in row_fields(type(state))  # type: ignore[arg-type]
         if rows and (isinstance(part, Tensor) or part != slice(0, len(old))):
             old[part] = value
             value = old
@@ -157,7 +162,7 @@ def _cohort(method: Method, workers: Any, rnd: Round) -> Round:
     if members is None:
         return rnd
     rnd = rnd.among(members)
-    rows = workers != () and _row_fields(type(workers))  # type: ignore[arg-type]
+    rows = workers != () and row_fields(type(workers))  # type: ignore[arg-type]
     if rows and bool((members.diff() == 0).any()):
         raise ConfigError(
             f"{method!r}, round {rnd.index}: cohort {members.tolist()} names a client twice, and its workers have rows "

@@ -16,6 +16,7 @@ from shoal import rng
 from shoal.core import Compressor, Meter
 from shoal.errors import LengthError, RoundMismatch
 from shoal.messages import Messages, Round, Vector
+from shoal.runtimes import crash
 from shoal.runtimes.peers import Peers
 from shoal.runtimes.replicated import Replicated
 from shoal.slices import Slices
@@ -55,8 +56,11 @@ class Sharded(Replicated):
         up.checked(length)
         self.meter.up += length * rnd.cohort
         self.meter.up_framed += (length + HEADER) * rnd.cohort
+        crash.here("before-gather", self.rank, rnd.index)
+        moved = self.peers.moved
         mean = slices.finish(self._gathered(self._folded(up, slices, rnd), slices, up.d, rnd))
-        self.meter.moved = self.peers.moved
+        self.meter.moved += self.peers.moved - moved
+        crash.here("after-gather", self.rank, rnd.index)
         return mean
 
     def _worth(self, slices: Slices, capacity: int, rnd: Round) -> bool:
