@@ -37,6 +37,7 @@ from shoal.experiments.checkpoint import Checkpoints
 from shoal.experiments.interrupts import PERIOD, Pulse
 from shoal.experiments.run import simulate
 from shoal.methods import EF21
+from shoal.problems.secants import Trail
 from shoal.runtimes import Local, rounds
 from shoal.runtimes.rounds import take
 
@@ -245,6 +246,8 @@ def test_a_writer_that_is_interrupted_leaves_the_old_file(small):
 # ------------------------------------------------------------------------------------------------ sets of shares
 N, ROUNDS = 5, 12
 FAULTS = [{"round": 3, "clients": [1], "said": "naïve", "policy": "skip"}]
+TRAIL = Trail()
+TRAIL.restore(torch.arange(float(zoo.MIXED.d)), torch.tensor([3.0, 0.5, 0.25, 0.125], dtype=torch.float64))
 STATEFUL = list({type(m): m for m in reversed(zoo.METHODS)}.values())  # one of each kind
 
 
@@ -314,14 +317,15 @@ def test_any_number_of_processes_goes_on_from_any_other(tmp_path, method):
 
         def save(channel, folder=folder):
             mine = replace(hosted(last, channel), meter=replace(last.meter, moved=100 + channel.rank))
-            Checkpoints(folder, "d", channel).save(mine, rows_until(4), FAULTS)
+            Checkpoints(folder, "d", channel).save(mine, rows_until(4), FAULTS, TRAIL)
 
         assert Ranks(before).each(save) == [None] * before
         for after in (1, 2, 3):
             ranks = Ranks(after)
             found = ranks.each(lambda c, folder=folder: Checkpoints(folder, "d", c).load(hosted(fresh, c)))
-            for rank, (state, rows, faults) in enumerate(found):
+            for rank, (state, rows, faults, trail) in enumerate(found):
                 assert faults == FAULTS
+                assert all(torch.equal(trail[k], v) for k, v in TRAIL.arrays().items())
                 assert equal(state, hosted(last, ranks.channel(rank)))
                 assert state.meter.moved == (100 + rank if after == before else 0)
                 assert repr(rows) == repr(rows_until(4))
@@ -334,7 +338,7 @@ def two_sets(tmp_path) -> tuple[Path, list[State]]:
     for index in (1, 2, 3, 7):
         ranks = Ranks(3)
         done = ranks.each(
-            lambda c, i=index: Checkpoints(tmp_path, "d", c).save(hosted(all_states[i], c), rows_until(i))
+            lambda c, i=index: Checkpoints(tmp_path, "d", c).save(hosted(all_states[i], c), rows_until(i), [], TRAIL)
         )
         assert done == [None] * 3
     return tmp_path, all_states
@@ -394,7 +398,7 @@ def test_what_was_passed_over_does_not_come_back(two_sets):
     (folder / ".checkpoint-4.1of3.shoal.123").touch()
     (folder / "checkpoint-4.1of2.shoal").touch()
     (folder / "config.json").touch()
-    done = Ranks(2).each(lambda c: Checkpoints(folder, "d", c).save(hosted(all_states[5], c), rows_until(5)))
+    done = Ranks(2).each(lambda c: Checkpoints(folder, "d", c).save(hosted(all_states[5], c), rows_until(5), [], TRAIL))
     assert done == [None] * 2
     names = [f"checkpoint-3.{share}shoal" for share in ("0of3.", "1of3.", "2of3.", "")]
     names += [f"checkpoint-5.{share}shoal" for share in ("0of2.", "1of2.", "")]
@@ -449,7 +453,7 @@ def test_a_disk_that_fails_for_one_process_fails_for_all(two_sets, monkeypatch, 
 
         monkeypatch.setattr(container.os, "replace", replace_)
         done = Ranks(2).each(
-            lambda c, i=index: Checkpoints(folder, "d", c).save(hosted(all_states[i], c), rows_until(i))
+            lambda c, i=index: Checkpoints(folder, "d", c).save(hosted(all_states[i], c), rows_until(i), [], TRAIL)
         )
         monkeypatch.undo()
         for error in done:

@@ -26,6 +26,7 @@ from shoal.errors import ConfigError
 from shoal.experiments.recovery import Memory
 from shoal.experiments.run import load_result, simulate
 from shoal.methods import EF21
+from shoal.problems.secants import Trail
 from shoal.runtimes import crash
 from shoal.runtimes.journal import HEADER, Journal
 
@@ -114,10 +115,12 @@ def test_all_go_back_to_the_last_round_that_everyone_has(tmp_path, lost, ahead):
 
     def stand(channel):
         mine = Memory(tmp_path, DIGEST, channel, 3, hosted(fresh, channel))
-        last = 6 if channel.rank in ahead else 5
+        last, trail = 6 if channel.rank in ahead else 5, Trail()
         for state in before[: last + 1]:
             if state.index <= last:
-                mine.commit(replace(hosted(state, channel), meter=replace(state.meter, moved=channel.rank)))
+                moved = replace(hosted(state, channel), meter=replace(state.meter, moved=channel.rank))
+                mine.commit(moved, trail)
+                trail.reach(state.x, None)
         if channel.rank in lost:
             mine = Memory(tmp_path, DIGEST, channel, 3, hosted(fresh, channel))
             return mine.stand(channel, [], [])
@@ -127,7 +130,9 @@ def test_all_go_back_to_the_last_round_that_everyone_has(tmp_path, lost, ahead):
     if len(lost) == 3:
         assert found == [None] * 3, "nobody is left to say what x was"
         return
-    for rank, (state, until_then, wrong) in enumerate(found):
+    for rank, (state, until_then, wrong, trail) in enumerate(found):
+        assert trail["seen"][0] == 4, "its own point is yet to be told"
+        assert torch.equal(trail["x"], before[3].x)
         assert equal(state, hosted(before[4], ranks.channel(rank)))
         assert state.meter.moved == rank
         assert repr(until_then) == repr(rows[:5])
@@ -140,7 +145,7 @@ def test_without_a_journal_no_round_is_common(tmp_path):
     def stand(channel):
         mine = Memory(tmp_path, DIGEST, channel, 3, hosted(fresh, channel))
         if channel.rank != 1:
-            mine.commit(hosted(before[2], channel))
+            mine.commit(hosted(before[2], channel), Trail())
         return mine.stand(channel, [], [])
 
     assert Peered(3).each(stand) == [None] * 3

@@ -98,7 +98,7 @@ def test_the_same_is_seen_however_the_run_is_cut(tmp_path, monkeypatch):
         if row.round == 45:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("shoal.experiments.folder.CHECKPOINT_EVERY", 0.0)
+    monkeypatch.setattr("shoal.experiments.checkpoint.EVERY", -1.0)
     with pytest.raises(KeyboardInterrupt):
         simulate(zoo.MIXED, "Marina(RandK(2), p=0.3)", out=tmp_path / "run", record=cut, **options)
     again = simulate(zoo.MIXED, "Marina(RandK(2), p=0.3)", out=tmp_path / "run", resume=True, **options)

@@ -91,12 +91,10 @@ def understood(held: Contents, name: str, fresh: State, hosted: dict[str, Tensor
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointCorrupt(f"{name}: it is no manifest ({error}).") from None
     tensors = {field: _like(held, field, like, name) for field, like in named(fresh)[0].items()}
-    trail = Trail().arrays()
-    if rows:  # else no point was told
-        trail["x"] = fresh.x
-    trail = {field: _like(held, f"trail.{field}", like, name) for field, like in trail.items()}
+    seen = _like(held, "trail.seen", Trail().arrays()["seen"], name)
+    told = _like(held, "trail.x", fresh.x if seen[0] > 0 else fresh.x[:0], name)
     state = _filled(fresh, held.meta["index"], tensors | hosted, replace(meter, moved=moved))
-    return Found(state, rows, faults, trail)
+    return Found(state, rows, faults, {"x": told, "seen": seen})
 
 
 class Checkpoints:
@@ -122,9 +120,7 @@ class Checkpoints:
         return self.path / f"checkpoint-{index}.{rank}of{world}.shoal"
 
     # -------------------------------------------------------------------------------------------- writing
-    def save(
-        self, state: State, rows: Sequence[Row], faults: Sequence[dict[str, Any]] = (), trail: Trail | None = None
-    ) -> None:
+    def save(self, state: State, rows: Sequence[Row], faults: Sequence[dict[str, Any]], trail: Trail) -> None:
         """Every process writes its share; when all are on the disk, the first one writes the manifest."""
         _, hosted = named(state)
         ids, index = self.channel.clients, state.index
@@ -139,7 +135,7 @@ class Checkpoints:
         self._raise(failure, {self._share(index, r, self.world): fact[0] for r, (fact, _) in enumerate(told)})
         if self.channel.rank == 0:
             crash.here("mid-checkpoint", 0, index)
-            meta, tensors = summary(state, rows, faults, (trail or Trail()).arrays(), self.digest)
+            meta, tensors = summary(state, rows, faults, trail.arrays(), self.digest)
             meta["moved"] = [moved for (_, moved, _, _), _ in told]
             meta["shares"] = [[lo, hi, bytes(sha.tolist()).hex()] for (_, _, lo, hi), sha in told]
             _, failure = self._written(self._manifest(index), meta, tensors)
