@@ -102,7 +102,7 @@ DRAWING = {"draw", "shared", "uniform", "coin", "permutation"}
 STREAMS = {
     "Correlated.bits", "Correlated.blocks", "Correlated.places", "Correlated.shifts", "Correlated.ties",
     "Grid.levels", "Grid.ties", "Independent.bits", "Independent.ties", "LowRank.start", "Marina.coin",
-    "PermK.coordinates", "goals.bits", "goals.shifts", "goals.ties",
+    "Module.batch", "networks.started", "PermK.coordinates", "goals.bits", "goals.shifts", "goals.ties",
     "PermK.owners", "PermK.shifts", "QSGD.levels", "QSGD.ties", "RandK.support", "Rotation.signs",
 }  # fmt: skip
 STREAMS |= {f"CorrelatedOffset.{name}" for name in ("bits", "offsets", "places", "shifts", "ties")}

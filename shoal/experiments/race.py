@@ -149,7 +149,7 @@ class Job:
         here: dict[str, Any] = {"out": folder, "resume": True, "facts": {"race": place}}
         if self.ranks is not None:
             channel = self.ranks.channel(self.problem.n, digest({"spec": json.loads(s.model_dump_json()), **place}))
-            here = (here if self.ranks.first else {}) | {"channel": channel}
+            here |= {"channel": channel}
         run: Run = simulate(
             self.problem, self.method, rounds=rounds, bits=bits, target=s.target, seed=seed, step=step,
             multiple=multiple, pl=s.pl, every=s.every, record=tell, **here,
