@@ -18,6 +18,7 @@ OPTIONS = ["--batch", "4", "--steps", "120", "--every", "20", "--timeout", "30",
 FORKED = """
 import os, sys, train
 os.environ["RANK"] = str(int(os.fork() == 0))
+os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ["RANK"]  # as where one agent of two has counted a restart
 sys.exit(train.main())
 """
 
@@ -51,7 +52,7 @@ def worker(agent: int, rank: int) -> int:
 def finished(process: subprocess.Popen[bytes], log: Path) -> str:
     """What it said, once it has ended well."""
     try:
-        status = process.wait(60)
+        status = process.wait(120)
     finally:
         process.terminate()
         process.wait(60)

@@ -103,6 +103,7 @@ def _named(store: dist.Store, lines: Lines) -> str:
         store.delete_key(f"lines/{lines.rank}")
     word = os.urandom(8).hex().encode()
     signals, _ = lines.exchange(Signal(HELLO, lines.rank, lines.world, lines.number, attempt=lines.attempt, body=word))
+    lines.number = 0  # the caller's exchanges are counted from here
     return f"gloo/{signals[0].body.decode()}"
 
 
