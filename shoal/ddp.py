@@ -1,6 +1,6 @@
 """Compressed gradients for any module that is wrapped in DistributedDataParallel, by one line.
 
-    handle = shoal.ddp.attach(ddp, "Correlated()")
+    handle = shoal.ddp.attach(ddp)
 
 Each bucket of gradients that DDP fills becomes one message a rank, and every rank ends at the bitwise same mean. An
 unbiased compressor works without memory. A biased one gets error feedback: what a message left out of a parameter's
@@ -295,7 +295,7 @@ def _hook(state: Any, bucket: GradBucket) -> Future[Tensor]:
 
 def attach(
     ddp: DistributedDataParallel,
-    compressor: str | Compressor = "Correlated()",
+    compressor: str | Compressor = "Rotated(Correlated())",
     error_feedback: bool | None = None,
     *,
     start: int = 0,
@@ -309,10 +309,12 @@ def attach(
     """Compress the gradients of a wrapped module from its next `backward` on. Collective: all ranks call it.
 
     error_feedback=None: for biased compressors (an `alpha` is all they have), not for unbiased ones (`omega`, `ab`).
-    start: so many steps are dense before. min_numel: smaller parameters are sent as they are. scaler: the GradScaler,
-    if there is one; memories then hold unscaled gradients, and an overflow on one rank makes all ranks skip.
-    Randomness is a function of (seed, step, first parameter of the bucket). process_group: where bytes travel, instead
-    of a gloo group of its own. timeout: seconds after which a rank counts as lost.
+    The default costs one bit a coordinate (of the next power of two): the shared rotation makes all entries alike,
+    where else the largest sets the scale of all. start: so many steps are dense before. min_numel: smaller parameters
+    are sent as they are. scaler: the GradScaler, if there is one; memories then hold unscaled gradients, an overflow
+    on one rank makes all ranks skip. Randomness is a function of (seed, step, first parameter of the bucket).
+    process_group: where bytes travel, instead of a gloo group of its own. timeout: seconds after which a rank counts as
+    lost.
 
     Raises ConfigError for what cannot work, ConfigMismatch where ranks differ. Errors of later exchanges come out of
     `backward`: NonFiniteError on all ranks where one has a NaN or an infinity (no memory has changed then, gradients

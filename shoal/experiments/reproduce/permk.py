@@ -91,8 +91,8 @@ def _judge(rows: Rows, quick: bool) -> Outcome:
             f"RandK / PermK: {_said(over['RandK'])}; TopK / PermK: {_said(over['TopK'])}",
             better([over[name][s].beats() for name in over for s in small]),
             "powers of two times each method's own theory step; EF21's messages carry their indices. x⁰ has one "
-            "nonzero coordinate, and a tridiagonal matrix spreads it slowly: TopK with K = d/10 loses little; "
-            "at s = 0 PermK's theory step is 1/L- already, and twice that does not converge",
+            "nonzero coordinate, and a tridiagonal matrix spreads it slowly, which suits TopK; at s = 0 "
+            "PermK's theory step is 1/L- already, and twice that does not converge",
         ),
         Finding(
             "EF21 with TopK catches up as L± grows", "remembered",
