@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -75,6 +75,8 @@ class Machine:
         try:
             self.agent.wait(5)
         except subprocess.TimeoutExpired:
+            with suppress(RuntimeError, ProcessLookupError):
+                os.kill(self.worker(), signal.SIGKILL)  # torchrun gives it a session of its own
             os.killpg(self.agent.pid, signal.SIGKILL)
             self.agent.wait()
 
@@ -162,6 +164,7 @@ def main() -> int:
         parser.error(f"{why}.")
     if not 0 < given.short < given.timeout < given.long:
         parser.error("0 < --short < --timeout < --long.")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that everything is taken away
     cuts = {"short": given.short, "long": given.long, "kill": None}
     names = ["undisturbed", *([given.only] if given.only else cuts)]
     console, expected, wrong = Console(stderr=True), "", 0
