@@ -5,13 +5,15 @@
 
 --model cnn: digits, from a folder of MNIST's IDX files (--data), or else made up. --model gru: the next character of a
 text (--text), or else of one that is made up. Every rank holds its own share of the data. With --checkpoint DIR the run
-is saved as it goes, each rank its own file, and --resume goes on from the last step that all ranks have saved.
+is saved as it goes, each rank its own file, on a disk of its own if it likes; the same command goes on from the newest
+step that all ranks have saved, and ends at the same bits. So torchrun's --max-restarts brings back what was killed or
+cut off (docs/ddp.md, "Pull the plug").
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 import os
 import sys
 import time
@@ -27,11 +29,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+import shoal
 import shoal.ddp
 import shoal.optim
-from shoal import mnist
+from shoal import container, mnist
 from shoal.data import OPENERS
-from shoal.errors import ConfigError, DataError, ShoalError
+from shoal.errors import CheckpointCorrupt, ConfigError, DataError, PeerLost, ResumeMismatch, ShoalError
 
 USUAL = {  # compressor and step sizes of the two models where none are given; the step sizes are tuned by hand
     "ddp": ("Correlated(levels=16)", {"cnn": 0.05, "gru": 0.2}),
@@ -116,6 +119,14 @@ def characters(file: Path | None, made: np.random.Generator, say: Any) -> tuple[
     return (windows[:cut], targets[:cut]), (windows[cut:], targets[cut:]), len(known)
 
 
+def fingerprint(model: nn.Module) -> str:
+    """The SHA-256 of all parameters and buffers: two runs that print the same have the same model, bit for bit."""
+    sha = hashlib.sha256()
+    for value in model.state_dict().values():
+        sha.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, samples: Samples) -> float:
     """The share of right predictions."""
@@ -124,67 +135,77 @@ def accuracy(model: nn.Module, samples: Samples) -> float:
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-def pack(value: Any, arrays: dict[str, np.ndarray]) -> Any:
-    """The value as JSON; its tensors go to `arrays`. A dict becomes pairs, since JSON's keys are strings only."""
+def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The value as JSON; its tensors go to `tensors`. A dict becomes pairs, since JSON's keys are strings only."""
     if isinstance(value, Tensor):
-        name = f"t{len(arrays)}"
-        arrays[name] = value.detach().cpu().numpy()
+        name = f"t{len(tensors)}"
+        tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
-        return {"dict": [[key, pack(held, arrays)] for key, held in value.items()]}
-    return {"list": [pack(held, arrays) for held in value]} if isinstance(value, list | tuple) else {"value": value}
+        return {"dict": [[key, pack(held, tensors)] for key, held in value.items()]}
+    return {"list": [pack(held, tensors) for held in value]} if isinstance(value, list | tuple) else {"value": value}
 
 
-def unpack(packed: Any, arrays: Any) -> Any:
+def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
     """What was packed."""
     ((kind, held),) = packed.items()
     if kind == "tensor":
-        return torch.from_numpy(arrays[held].copy())
+        return tensors[held]
     if kind == "dict":
-        return {key: unpack(inner, arrays) for key, inner in held}
-    return [unpack(inner, arrays) for inner in held] if kind == "list" else held
+        return {key: unpack(inner, tensors) for key, inner in held}
+    return [unpack(inner, tensors) for inner in held] if kind == "list" else held
+
+
+def files(folder: Path, rank: int) -> dict[int, Path]:
+    """This rank's files by step, in ascending order."""
+    return {int(file.name[4:12]): file for file in sorted(folder.glob(f"step*.rank{rank}.shoal"))}
 
 
 def save(folder: Path, step: int, rank: int, state: Any) -> None:
-    """This rank's file of the step, whole or not at all; the one before the last goes."""
-    arrays: dict[str, np.ndarray] = {}
-    text = json.dumps(pack(state, arrays))
-    beside, final = folder / f".rank{rank}", folder / f"step{step:08d}.rank{rank}.npz"
-    with beside.open("wb") as stream:
-        np.savez(stream, meta=np.frombuffer(text.encode(), np.uint8), **arrays)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, final)
-    for old in sorted(folder.glob(f"step*.rank{rank}.npz"))[:-2]:
+    """This rank's file of the step, whole or not at all. Two stay: ranks may be one save apart when they are cut."""
+    tensors: dict[str, Tensor] = {}
+    meta = {"state": pack(state, tensors)}
+    container.write(folder / f"step{step:08d}.rank{rank}.shoal", meta, tensors)
+    for old in list(files(folder, rank).values())[:-2]:
         old.unlink()
 
 
-def saved(folder: Path, rank: int, world: int) -> Any:
-    """This rank's state of the last step that all ranks have saved."""
-    steps = {file.name.split(".")[0] for file in folder.glob("step*.rank0.npz")}
-    whole = sorted(s for s in steps if all((folder / f"{s}.rank{r}.npz").exists() for r in range(world)))
-    if not whole:
-        raise ConfigError(f"--resume: {folder} holds no step that all {world} ranks have saved.")
-    with np.load(folder / f"{whole[-1]}.rank{rank}.npz", allow_pickle=False) as arrays:
-        return unpack(json.loads(bytes(arrays["meta"]).decode()), arrays)
+def saved(folder: Path, rank: int) -> Any:
+    """This rank's state of the newest step that all ranks have whole; None if there is none. Collective."""
+    states = {}
+    for step, file in files(folder, rank).items():
+        try:
+            held = container.read(file)
+            states[step] = unpack(held.meta["state"], held.tensors)
+        except CheckpointCorrupt as error:
+            print(f"rank {rank}: passed over: {error}", file=sys.stderr)
+    mine = torch.tensor([*sorted(states)[-2:], -1, -1][:2])
+    theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(theirs, mine)
+    common = set.intersection(*(set(steps.tolist()) for steps in theirs)) - {-1}
+    return states[max(common)] if common else None
 
 
 # ------------------------------------------------------------------------------------------------ training
 class Trainer:
     """A model with one of the four ways to train it; `parts` are what a checkpoint holds."""
 
-    def __init__(self, model: nn.Module, args: argparse.Namespace) -> None:
+    def __init__(self, model: nn.Module, args: argparse.Namespace, samples: int) -> None:
         way, seed, (code, usual) = args.optimizer, args.seed, USUAL[args.optimizer]
         code, lr = args.compressor or code, usual[args.model] if args.lr is None else args.lr
         self.model, self.handle, self.forward = model, None, model
         self.label = f"{way} with {code}, lr {lr:g}"
         if way == "ddp":
             self.forward = DistributedDataParallel(model)
-            self.handle = shoal.ddp.attach(self.forward, code, start=5, seed=seed)
+            self.handle = shoal.ddp.attach(self.forward, code, start=5, seed=seed, timeout=args.timeout)
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
         else:
             kind = {"marina": shoal.optim.Marina, "diana": shoal.optim.Diana, "ef21": shoal.optim.EF21}[way]
-            self.optimizer = kind(model.parameters(), lr, code, seed=seed)
+            self.optimizer = kind(model.parameters(), lr, code, seed=seed, timeout=args.timeout)
+        self.run = {  # what a checkpoint must agree in
+            "model": args.model, "way": self.label, "seed": seed, "batch": args.batch, "samples": samples,
+            "world": dist.get_world_size(),
+        }  # fmt: skip
 
     def batch(self, usual: int) -> int:
         """MARINA's steps with gradients instead of differences take eight times as many samples."""
@@ -203,11 +224,22 @@ class Trainer:
 
     def state(self, step: int) -> dict[str, Any]:
         """Of this rank."""
-        state = {"step": step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"run": self.run, "step": step}
+        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         return state if self.handle is None else state | {"ddp": self.handle.state_dict()}
 
-    def load(self, state: dict[str, Any]) -> int:
-        """Take up that state; its step."""
+    def load(self, state: dict[str, Any], folder: Path, inputs: Tensor, targets: Tensor) -> int:
+        """Take up that state; its step. Raises ResumeMismatch for another run's."""
+        for name, value in self.run.items():
+            if state["run"].get(name) != value:
+                raise ResumeMismatch(
+                    f"{folder} was saved with {name} {state['run'].get(name)!r}, now it is {value!r}: give the same "
+                    "options, or another --checkpoint."
+                )
+        if self.handle is not None:
+            # DDP forms new buckets after its first backward, and a bucket is one message: the step after the saved
+            # one must meet the buckets that it would have met in a run that was not cut.
+            cross_entropy(self.forward(inputs), targets).backward()
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.handle is not None:
@@ -225,7 +257,7 @@ class Trainer:
 
 def run(args: argparse.Namespace, rank: int, world: int, console: Console) -> None:
     """Train, and say on rank 0 how it went."""
-    say = console.print if rank == 0 else lambda text: None
+    say = console.print if rank == 0 else lambda text, **style: None
     made = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     if args.model == "cnn":
@@ -236,12 +268,15 @@ def run(args: argparse.Namespace, rank: int, world: int, console: Console) -> No
         model = Characters(symbols)
     mine = tuple(part[rank::world] for part in train)
     writer = board(args.tensorboard) if args.tensorboard and rank == 0 else None
-    trainer = Trainer(model, args)
-    first = trainer.load(saved(args.checkpoint, rank, world)) if args.resume else 0
-    d = sum(p.numel() for p in model.parameters())
-    say(f"{args.model}, {d} parameters, {world} ranks with {len(mine[0])} samples each; {trainer.label}")
+    trainer, first = Trainer(model, args, len(mine[0])), 0
     if args.checkpoint:
         args.checkpoint.mkdir(parents=True, exist_ok=True)
+        state = saved(args.checkpoint, rank)
+        if state is not None:
+            first = trainer.load(state, args.checkpoint, mine[0][:1], mine[1][:1])
+            say(f"going on from step {first}, the newest that all ranks have saved")
+    d = sum(p.numel() for p in model.parameters())
+    say(f"{args.model}, {d} parameters, {world} ranks with {len(mine[0])} samples each; {trainer.label}")
     columns = (TextColumn("loss {task.fields[loss]:.3f}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     began, loss = time.perf_counter(), float("nan")
     with Progress(*columns, console=console, disable=rank != 0) as progress:
@@ -262,6 +297,7 @@ def run(args: argparse.Namespace, rank: int, world: int, console: Console) -> No
         say(f"a rank sent {sent.up / 1e6:.3f} MB in {sent.steps} steps, {sent.dense / max(sent.up, 1):.1f} times less "
             f"than float32; encoding {sent.encode_seconds:.2f} s, wire {sent.wire_seconds:.2f} s, decoding "
             f"{sent.decode_seconds:.2f} s")  # fmt: skip
+        say(f"SHA-256 of the model: {fingerprint(model)}", soft_wrap=True)
     if writer is not None:
         writer.close()
     trainer.close()
@@ -288,15 +324,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="samples a rank")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", type=Path, help="folder to save in")
+    parser.add_argument("--checkpoint", type=Path, help="folder to save in, and to go on from if there is something")
     parser.add_argument("--every", type=int, default=50, help="steps between two checkpoints")
-    parser.add_argument("--resume", action="store_true", help="go on from --checkpoint")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds without an answer until a rank is lost")
     parser.add_argument("--tensorboard", type=Path, help="folder of its logs")
     args = parser.parse_args()
     if min(args.steps, args.batch, args.every) < 1:
         parser.error("--steps, --batch and --every are at least 1.")
-    if args.resume and args.checkpoint is None:
-        parser.error("--resume needs --checkpoint DIR.")
     if "RANK" not in os.environ:
         parser.error("start it with torchrun: torchrun --standalone --nproc-per-node 4 examples/train.py ...")
     return args
@@ -306,16 +340,14 @@ def main() -> int:
     """Exit status: 0, or 2 after one line about what was wrong."""
     args, console = parsed(), Console(stderr=True)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
     try:
-        run(args, rank, dist.get_world_size(), console)
+        with shoal.connect(args.timeout):
+            run(args, dist.get_rank(), dist.get_world_size(), console)
     except ShoalError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+        # A lost rank is told by each that misses it, since rank 0 may be the one; what is wrong for all, by rank 0.
+        if isinstance(error, PeerLost) or os.environ["RANK"] == "0":
+            print(f"rank {os.environ['RANK']}: error: {error}", file=sys.stderr, flush=True)
         return 2
-    finally:
-        dist.destroy_process_group()
     return 0
 
 

@@ -48,6 +48,7 @@ from shoal.methods import (
     VRMarina,
 )
 from shoal.problems import Autoencoder, Classification, Module, Quadratics
+from shoal.runtimes.group import connect
 
 try:
     __version__ = version("shoal")
@@ -59,5 +60,5 @@ __all__ = [
     "CorrelatedOffset", "Dasha", "Dense", "Diana", "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina",
     "MarinaP", "MeanEstimate", "Module", "Natural", "NaturalDithering", "PPMarina", "PerLayer", "PermK", "Quadratics",
     "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "TwoWayEF21", "TwoWayMarina",
-    "VRDiana", "VRMarina", "mean_estimation", "simulate",
+    "VRDiana", "VRMarina", "connect", "mean_estimation", "simulate",
 ]  # fmt: skip

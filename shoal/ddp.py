@@ -242,7 +242,8 @@ class Handle:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the state of the same rank in an equal group. Raises ResumeMismatch for any other; call it on all
-        ranks between two steps."""
+        ranks between two steps, and for the bits of a run that was not cut after one `backward` on any data: only then
+        does DDP form its final buckets, and a bucket is one message."""
         for name, value in self._facts().items():
             if state.get(name) != value:
                 raise ResumeMismatch(f"the state's {name} is {state.get(name)!r}, here it is {value!r}: attach alike.")

@@ -19,7 +19,7 @@ NAMES = {
         "CorrelatedOffset", "Dasha", "Dense", "Diana", "Drive", "Eden", "Grid", "Independent", "LowRank", "Marina",
         "MarinaP", "MeanEstimate", "Module", "Natural", "NaturalDithering", "PPMarina", "PerLayer", "PermK",
         "Quadratics", "RandK", "Rotated", "Run", "Scaled", "ShoalError", "Sign", "Ternary", "TopK", "TwoWayEF21",
-        "TwoWayMarina", "VRDiana", "VRMarina", "mean_estimation", "simulate",
+        "TwoWayMarina", "VRDiana", "VRMarina", "connect", "mean_estimation", "simulate",
     ],
     compressors: [
         "QSGD", "Bernoulli", "Coded", "Composed", "Correlated", "CorrelatedOffset", "Dense", "Drive", "Eden", "Grid",

@@ -1,8 +1,11 @@
 """The start of a group: torchrun's ranks find each other within a deadline, or say who did not come.
 
 The lines come first, under a deadline of our own, because gloo keeps none while it connects: a rank that dies then
-leaves the others waiting for ever. Keys carry the attempt, since torchrun's restarts find the store of the dead attempt
-with its addresses still in it. The store is kept by torchrun's agent, or by rank 0 where there is none.
+leaves the others waiting for ever. The store is kept by torchrun's agent, or by rank 0 where there is none, and may
+outlive an attempt, with the addresses of the dead in it. Under `shoal.runtimes.supervisor` keys carry the attempt.
+torchrun's count of restarts will not do for that: on two machines it may differ, since an agent that restarts only
+because the other did counts nothing (torch 2.13). So there a rank's newest door replaces its last one, all ranks whose
+doors are open meet, and rank 0 names the keys under which gloo's addresses of this meeting stand.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +23,7 @@ import torch.distributed as dist
 from shoal.errors import ConfigError, PeerTimeout
 from shoal.runtimes.lines import TIMEOUT, Lines, meet
 from shoal.runtimes.peers import Peers
+from shoal.runtimes.signals import HELLO, Signal
 
 
 def _number(name: str) -> int:
@@ -93,6 +97,16 @@ def _open_gloo(store: dist.Store, lines: Lines) -> None:
         lines.inquire(str(error).splitlines()[0])
 
 
+def _named(store: dist.Store, lines: Lines) -> str:
+    """A name that only those who have met here know: rank 0's. The own door is closed, and leaves the store."""
+    with suppress(RuntimeError):
+        store.delete_key(f"lines/{lines.rank}")
+    word = os.urandom(8).hex().encode()
+    signals, _ = lines.exchange(Signal(HELLO, lines.rank, lines.world, lines.number, attempt=lines.attempt, body=word))
+    lines.number = 0  # the caller's exchanges are counted from here
+    return f"gloo/{signals[0].body.decode()}"
+
+
 @contextmanager
 def group(timeout: float = TIMEOUT, still: Callable[[], None] = lambda: None) -> Iterator[Peers]:
     """The ranks that torchrun (or RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) says, connected within `timeout` seconds;
@@ -101,11 +115,12 @@ def group(timeout: float = TIMEOUT, still: Callable[[], None] = lambda: None) ->
     Raises PeerTimeout and PeerDied, naming the ranks.
     """
     timeout, rank, world = checked_timeout(timeout), _number("RANK"), _number("WORLD_SIZE")
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    supervised = "SHOAL_SUPERVISOR" in os.environ
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) if supervised else 0
     store = dist.PrefixStore(f"shoal/{attempt}", _store(rank, timeout))
     lines = meet(store, rank, world, timeout, attempt, still)
     try:
-        _open_gloo(dist.PrefixStore("gloo", store), lines)
+        _open_gloo(dist.PrefixStore("gloo" if supervised else _named(store, lines), store), lines)
         peers = Peers(lines=lines)
         yield peers
         peers.barrier()
@@ -116,3 +131,20 @@ def group(timeout: float = TIMEOUT, still: Callable[[], None] = lambda: None) ->
         lines.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def connect(timeout: float = TIMEOUT) -> Iterator[None]:
+    """`init_process_group("gloo")` and its end, for scripts under torchrun whose ranks may be killed or cut off.
+
+        with shoal.connect(timeout=60):
+            ...  # DistributedDataParallel, shoal.ddp.attach, shoal.optim, torch.distributed
+
+    torchrun's `--max-restarts` works under it, on several machines too, where with torch 2.13's own start the ranks of
+    the second attempt read the addresses of the dead first one. timeout: seconds in which all must come, and after
+    which a rank that does not answer is lost. At the end all wait for each other; who leaves by an error tells them.
+
+    Raises ConfigError without torchrun's variables; PeerTimeout and PeerDied, naming the ranks.
+    """
+    with group(timeout):
+        yield
