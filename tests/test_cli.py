@@ -234,6 +234,15 @@ WRONG = {
     ),
     "negative ranks": (["run", "quadratics", "GD()", *SMALL, "--ranks", "-1"], "--ranks -1"),
     "timeout": (["run", "quadratics", "GD()", *SMALL, "--ranks", "2", "--timeout", "0"], "timeout=0.0: seconds"),
+    "a timeout for nobody": (["run", "quadratics", "GD()", *SMALL, "--timeout", "5"], "--timeout 5 without ranks"),
+    "race: timeout": (
+        ["race", "quadratics", "GD()", *SMALL, "--ranks", "2", "--timeout", "-1"],
+        "timeout=-1.0: seconds that a rank waits",
+    ),
+    "race: a timeout for nobody": (
+        ["race", "quadratics", "GD()", *SMALL, "--timeout", "5"],
+        "--timeout 5 without ranks",
+    ),
     "drop": (["run", "quadratics", "Marina(RandK(2))", *SMALL, "--on-nonfinite", "drop"], "take 'skip', or a method"),
     "resume nothing": (["run", "--resume", "nosuch"], "there is no config.json"),
     "resume and more": (["run", "--resume", "full", "--rounds", "3"], "leave out rounds"),

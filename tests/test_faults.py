@@ -43,7 +43,7 @@ from shoal.methods import DCGD, GD, Dasha, Marina, PPMarina, VRDiana
 from shoal.runtimes import Local, rounds
 from shoal.runtimes.group import checked_timeout
 from shoal.runtimes.lines import Lines, meet
-from shoal.runtimes.signals import ALL, LONGEST, SIZE, Signal, first, judge
+from shoal.runtimes.signals import ALL, BYE, FAULT, LONGEST, SIZE, Signal, first, judge
 
 TESTS = Path(__file__).resolve().parent
 
@@ -109,8 +109,18 @@ def test_a_body_that_is_no_json_is_a_wire_error():
     for kind in (0, 4):
         with pytest.raises(LengthError, match="rank 0"):
             judge([Signal(kind, 0, 1, 0, body=b"[1")])
+        for body in (b"[" * 200_000, b'{"a":' * 5000, b"[[1, 2]]", b"null", b"\xff"):
+            with pytest.raises(LengthError, match="no object in JSON"):
+                judge([Signal(kind, 0, 1, 0, body=body)])
     with pytest.raises(LengthError, match="all-to-all"):
         judge([Signal(2, 0, 1, 0, body=b"short")])
+
+
+@pytest.mark.parametrize("clients", ["5", '["x"]', "[1e999]", "[[1]]", "[null, 1]", "{}"])
+def test_a_fault_that_names_no_clients_is_a_fault_all_the_same(clients):
+    with pytest.raises(NonFiniteError, match="no client") as caught:
+        judge([Signal(FAULT, 0, 1, 0, body=b'{"said": "no client", "clients": %s}' % clients.encode())])
+    assert caught.value.clients == ()
 
 
 # ------------------------------------------------------------------------------------------------ lines
@@ -191,6 +201,15 @@ def test_a_line_that_ends_without_a_word_is_a_death_and_with_a_word_is_that_word
         say(lines[1])()
 
 
+@pytest.mark.parametrize("lost", ["5", '["x"]', "[1e999]", "[[1]]"])
+def test_a_farewell_that_names_no_ranks_is_a_farewell_all_the_same(lost):
+    lines = linked(2)
+    body = b'{"error": "PeerDied", "said": "went away", "ranks": %s}' % lost.encode()
+    lines[1]._sockets[0].send(Signal(BYE, 1, 2, 1, body=body).pack())
+    with pytest.raises(PeerDied, match="went away"):
+        say(lines[0])()
+
+
 def test_bytes_that_are_no_signal_reach_every_rank_as_the_same_error():
     """Only rank 0 meets them: rank 2 hears of it in rank 0's farewell."""
     lines = linked(3)
@@ -208,7 +227,7 @@ def test_a_roll_call_names_the_silent_and_spares_the_living():
     lines = linked(2)
     found = together([lambda: lines[0].inquire("gloo said so"), say(lines[1])])
     assert {type(e) for e in found} == {PeerLost}
-    assert all("all ranks are there" in str(e) for e in found), "whoever of the two speaks first"
+    assert all("gloo said so" in str(e) for e in found), "whoever is the first to give up"
 
 
 def test_strangers_at_the_door_are_sent_away():

@@ -243,7 +243,11 @@ def test_a_group_of_the_callers_is_used_and_left(world):
     with shoal.ddp.attach(ddp, "TopK(0.1)", process_group=group) as handle:
         assert handle._link.group is group
         loss_of(ddp, 0).backward()
+        with pytest.raises(ConfigError, match="carries another exchange"):
+            shoal.optim.EF21(net().parameters(), 0.1, "TopK(0.1)", process_group=group)
     dist.barrier(group=group)
+    again = shoal.optim.EF21(net().parameters(), 0.1, "TopK(0.1)", process_group=group)
+    again.close()
 
 
 def test_closed_means_that_ddp_averages_itself(world):

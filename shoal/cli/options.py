@@ -18,6 +18,8 @@ from rich.markup import escape
 
 from shoal.errors import ConfigError, PeerLost, ShoalError
 from shoal.experiments.spec import ProblemSpec
+from shoal.runtimes.group import checked_timeout
+from shoal.runtimes.lines import TIMEOUT
 from shoal.runtimes.ranks import Make, channel_of
 from shoal.runtimes.replicated import started_by_torchrun
 
@@ -71,12 +73,15 @@ Rounds = Annotated[int | None, typer.Option(help="Budget in rounds.")]
 Bits = Annotated[float | None, typer.Option(help="Budget in uplink payload bits a client.")]
 Target = Annotated[float | None, typer.Option(help="Stop at ‖∇f‖² <= this.")]
 Out = Annotated[Path | None, typer.Option(help="Folder of results; must be empty or new.")]
-NumberOfRanks = Annotated[int, typer.Option("--ranks", help="Processes under torchrun with gloo here; 0: none.")]
+NumberOfRanks = Annotated[int, typer.Option("--ranks", help="Processes here that talk over gloo; 0: none.")]
 ChannelKind = Annotated[
     str | None,
     typer.Option(
         "--channel", help="Between ranks: sharded (each adds up a slice), replicated (all messages to all), or auto."
     ),
+]
+Timeout = Annotated[
+    float | None, typer.Option(help=f"Seconds that a rank waits for another, {TIMEOUT:g} unless given.")
 ]
 PL = Annotated[bool, typer.Option("--pl", help="Step sizes of the PL theorems (needs a known PL constant).")]
 
@@ -136,6 +141,13 @@ def channel_given(kind: str | None, ranks: int) -> Make:
     if kind is not None and not ranks and not started_by_torchrun():
         raise ConfigError(f"--channel {kind} without ranks: add --ranks 2, or start the command under torchrun.")
     return channel_of(kind or "auto")
+
+
+def timeout_given(seconds: float | None, ranks: int) -> float:
+    """Seconds that a rank waits for another. Raises ConfigError for what is no such time, or where nobody waits."""
+    if seconds is not None and not ranks and not started_by_torchrun():
+        raise ConfigError(f"--timeout {seconds:g} without ranks: add --ranks 2, or start the command under torchrun.")
+    return checked_timeout(TIMEOUT if seconds is None else seconds)
 
 
 def checked_ranks(ranks: int, n: int) -> None:

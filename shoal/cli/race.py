@@ -40,6 +40,7 @@ from shoal.cli.options import (
     Similarity,
     Split,
     Target,
+    Timeout,
     With,
     again,
     app,
@@ -51,6 +52,7 @@ from shoal.cli.options import (
     out_console,
     rank_words,
     stored_spec,
+    timeout_given,
 )  # fmt: skip
 from shoal.errors import ConfigError
 from shoal.experiments.folder import make_folder, versions
@@ -94,6 +96,7 @@ def race(
     workers: Annotated[int | None, typer.Option(help="Processes (default: one a core).")] = None,
     ranks: NumberOfRanks = 0,
     channel: ChannelKind = None,
+    timeout: Timeout = None,
     with_file: With = None,
     out: Out = None,
     resume: Annotated[Path | None, typer.Option(help="Finish the race in this folder; what is done stays.")] = None,
@@ -108,9 +111,12 @@ def race(
         raise ConfigError(f"--workers {workers}: at least one process.")
     if workers is not None and (ranks or started_by_torchrun()):
         raise ConfigError(f"--workers {workers} over ranks: these do one run after the other together; leave it out.")
-    make = channel_given(channel, ranks)
+    make, seconds = channel_given(channel, ranks), timeout_given(timeout, ranks)
     if resume is not None:
-        spec, folder = RaceSpec.of(**stored_spec(context, resume, "race", {"workers", "ranks", "channel"})), resume
+        spec, folder = (
+            RaceSpec.of(**stored_spec(context, resume, "race", {"workers", "ranks", "channel", "timeout"})),
+            resume,
+        )
     else:
         if seeds is not None and seeds < 1:
             raise ConfigError(f"--seeds {seeds}: at least one.")
@@ -127,7 +133,8 @@ def race(
         spec = _spec(_toml(config) if config else tomllib.loads(default_race()), problem, described, changed)
         folder = out or new_folder("race", spec.problem.name)
     if started_by_torchrun():
-        with connected(check(spec)[0].n, json.loads(spec.model_dump_json()) | {"versions": versions()}, make) as lines:
+        shared = json.loads(spec.model_dump_json()) | {"versions": versions()}
+        with connected(check(spec)[0].n, shared, make, seconds) as lines:
             _race(spec, folder, resume is not None, None, Ranks(lines.peers, make))
         return
     if ranks:

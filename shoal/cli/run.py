@@ -37,6 +37,7 @@ from shoal.cli.options import (
     Similarity,
     Split,
     Target,
+    Timeout,
     With,
     app,
     channel_given,
@@ -47,6 +48,7 @@ from shoal.cli.options import (
     out_console,
     spoken,
     stored_spec,
+    timeout_given,
 )  # fmt: skip
 from shoal.core import Method, OnNonFinite, Row
 from shoal.errors import ConfigError
@@ -57,8 +59,6 @@ from shoal.experiments.spec import ProblemSpec, RunSpec
 from shoal.problems.secants import Seen
 from shoal.runtimes import checked_policy, replicated, supervisor
 from shoal.runtimes.attempts import Attempts
-from shoal.runtimes.group import checked_timeout
-from shoal.runtimes.lines import TIMEOUT
 from shoal.runtimes.ranks import Make
 
 
@@ -93,7 +93,7 @@ def run(
         OnNonFinite,
         typer.Option(help="A round in which a client has a NaN: raise ends the run, skip, drop the client."),
     ] = "raise",
-    timeout: Annotated[float, typer.Option(help="Seconds that a rank waits for another.")] = TIMEOUT,
+    timeout: Timeout = None,
     with_file: With = None,
     out: Out = None,
     resume: Annotated[
@@ -120,19 +120,18 @@ def run(
             on_nonfinite=on_nonfinite, files=tuple(with_file or ()),
         )  # fmt: skip
         out = out or new_folder("run", spec.problem.name)
-    checked_timeout(timeout)
-    make, resuming = channel_given(channel, ranks), resume is not None
+    make, seconds, resuming = channel_given(channel, ranks), timeout_given(timeout, ranks), resume is not None
     if ranks and not replicated.started_by_torchrun():
         torch.set_num_threads(1)  # before anything computes: a fork has no threads but its own
         objects = _check(spec, ranks, out, resuming)
-        status = supervisor.launch(ranks, lambda: spoken(lambda: _run(spec, objects, out, resuming, make, timeout)))
+        status = supervisor.launch(ranks, lambda: spoken(lambda: _run(spec, objects, out, resuming, make, seconds)))
         if status:
             raise SystemExit(status)
         _judge(load_result(out) or {}, spec)
         return
     with err_console.status(f"reading {escape(spec.problem.name)}"):
         objects = _objects(spec)
-    _run(spec, objects, out, resuming, make, timeout)
+    _run(spec, objects, out, resuming, make, seconds)
 
 
 def _step(text: str) -> float | Literal["theory"]:

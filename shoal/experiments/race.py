@@ -148,8 +148,8 @@ class Job:
         step: Any = "theory" if self.rule == "theory" else self.theory.gamma
         here: dict[str, Any] = {"out": folder, "resume": True, "facts": {"race": place}}
         if self.ranks is not None:
-            channel = self.ranks.channel(self.problem.n, digest({"spec": json.loads(s.model_dump_json()), **place}))
-            here |= {"channel": channel}
+            config = {"spec": json.loads(s.model_dump_json()), **place}
+            here["channel"] = self.ranks.channel(self.problem.n, digest(config))
         run: Run = simulate(
             self.problem, self.method, rounds=rounds, bits=bits, target=s.target, seed=seed, step=step,
             multiple=multiple, pl=s.pl, every=s.every, record=tell, **here,
@@ -224,8 +224,8 @@ def race(
     """Run the race into `out` and return it; KeyboardInterrupt leaves a folder that resume=True can finish.
 
     on_news hears running jobs, on_job (name, 0 at the start and 1 at the end) each job, on_step what else takes time.
-    ranks: every run is one of all ranks together, one after the other, instead of `workers` runs at a time; only the
-    first rank writes.
+    ranks: every run is one of all ranks together, one after the other, instead of `workers` runs at a time; all
+    write checkpoints, the first rank everything else.
     """
     problem, reasons = check(spec)
     if ranks is not None and not ranks.first:

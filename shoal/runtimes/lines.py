@@ -23,7 +23,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from shoal import errors
 from shoal.errors import PeerDied, PeerLost, PeerTimeout, WireError
-from shoal.runtimes.signals import BYE, ROLL, Signal, first, ranks, read
+from shoal.runtimes.signals import BYE, ROLL, Signal, first, numbers, ranks, read
 
 TIMEOUT = 60.0  # seconds; gloo's own default is 30 minutes
 GRACE = 1.0  # for the answers to a roll call
@@ -140,8 +140,8 @@ class Lines:
         while True:
             self._look()
             silent = [r for r, box in self._inbox.items() if not box]
-            if any(box and box[0].kind == ROLL for box in self._inbox.values()):
-                self._inquire("another rank's exchange failed")
+            if rolls := [box[0] for box in self._inbox.values() if box and box[0].kind == ROLL]:
+                self._inquire(rolls[0].body.decode(errors="replace"))
             if not silent and not any(self._outbox.values()):
                 return
             left = end - time.monotonic()
@@ -182,9 +182,9 @@ class Lines:
     def _pass_on(self, rank: int, farewell: Signal) -> NoReturn:
         """Another rank's verdict is this one's too; where it left for a reason of its own, it is the one lost."""
         told = read(farewell)
-        kind, said, lost = getattr(errors, str(told.get("error")), None), str(told.get("said")), told.get("ranks", ())
+        kind, said, lost = getattr(errors, str(told.get("error")), None), str(told.get("said")), numbers(told, "ranks")
         if isinstance(kind, type) and issubclass(kind, PeerLost):
-            raise kind(said, [int(r) for r in lost], self.round)
+            raise kind(said, lost, self.round)
         if isinstance(kind, type) and issubclass(kind, WireError):
             raise kind(f"rank {rank}: {said}")
         why = f"stopped with {told.get('error')}: {said}" if told.get("error") else "has ended its run"
@@ -200,7 +200,9 @@ class Lines:
             raise
 
     def _inquire(self, said: str) -> NoReturn:
-        self._post(Signal(ROLL, self.rank, self.world, self.number, self.round, attempt=self.attempt))
+        # With the reason: who is asked may be the first to give up, and the verdict is then in its words.
+        body = " ".join(said.split())[:500].encode()
+        self._post(Signal(ROLL, self.rank, self.world, self.number, self.round, attempt=self.attempt, body=body))
         end = time.monotonic() + GRACE
         while True:
             self._look()

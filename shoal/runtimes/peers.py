@@ -125,6 +125,12 @@ class Peers:
         self.lines.close(error)
 
 
+def in_use(group: dist.ProcessGroup) -> bool:
+    """Whether somebody exchanges over this group, and has not left it."""
+    lines = _LINES.get(group)
+    return lines is not None and not lines.closed
+
+
 def _brief(what: str) -> str:
     """Words that travel with every exchange: long ones by their beginning and a checksum."""
     return what if len(what) <= 80 else f"{what[:60]}... {zlib.crc32(what.encode()):08x}"

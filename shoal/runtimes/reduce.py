@@ -26,7 +26,7 @@ from shoal.core import Channel, Compressor
 from shoal.errors import ConfigError, NonFiniteError, ShoalError
 from shoal.messages import Messages, Round, Vector
 from shoal.runtimes.group import checked_timeout
-from shoal.runtimes.peers import Peers
+from shoal.runtimes.peers import Peers, in_use
 from shoal.runtimes.ranks import channel_of
 
 GradBucket = dist.GradBucket  # what a hook of DDP must be annotated with
@@ -157,6 +157,12 @@ class Link:
             raise ConfigError(
                 f"process_group has ranks {dist.get_process_group_ranks(over)}, the model's has {ranks}: take the "
                 "same ranks, or leave it out."
+            )
+        if over is not None and in_use(over):
+            # They would share lines: the first to close would end the other, and threads would mix their exchanges.
+            raise ConfigError(
+                f"process_group carries another exchange of shoal's: make one for each, new_group({ranks}, "
+                'backend="gloo"), close the other first, or leave it out.'
             )
         if over is None and len(ranks) < dist.get_world_size():
             # Groups of a part of the world get names that torch gives twice once one of them was destroyed.

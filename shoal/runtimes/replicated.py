@@ -119,7 +119,8 @@ class Replicated(Local):
         """What `source` says, at the ranks that want it; elsewhere nothing. Not counted."""
         moved = self.peers.moved
         size = int(self.peers.all(torch.tensor([len(mine)]))[source])
-        here, empty = torch.tensor(list(mine), dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8)
+        empty = torch.zeros(0, dtype=torch.uint8)
+        here = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if mine else empty
         gives, takes = self.rank == source, wanting[self.rank]
         pieces = [here if gives and wants else empty for wants in wanting]
         sizes = [size if takes and rank == source else 0 for rank in range(self.peers.world)]

@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from shoal import rng
@@ -156,19 +156,28 @@ def fault(error: NonFiniteError) -> bytes:
 def _faults(signals: Sequence[Signal]) -> NonFiniteError:
     """One error for all: the words are those about the first client, as the simulator has them."""
     told = [(x.rank, read(x)) for x in signals]
-    told.sort(key=lambda pair: min(pair[1].get("clients", ()), default=2**63))
+    told.sort(key=lambda pair: min(numbers(pair[1], "clients"), default=2**63))
     rank, said = told[0]
-    known = all(one.get("clients") for _, one in told)
-    clients = sorted({int(i) for _, one in told for i in one["clients"]}) if known else []
+    known = all(numbers(one, "clients") for _, one in told)
+    clients = sorted({i for _, one in told for i in numbers(one, "clients")}) if known else []
     return NonFiniteError(f"{said.get('said', 'not finite')} (rank {rank})", clients)
 
 
 def read(signal: Signal) -> dict[str, Any]:
-    """A body in JSON. Raises LengthError where it is none."""
+    """A body in JSON. Raises LengthError where it is none, or no object."""
     try:
-        return dict(json.loads(signal.body))
-    except (ValueError, TypeError):
-        raise LengthError(f"rank {signal.rank}: the body of {KINDS[signal.kind]} is no JSON.") from None
+        found = json.loads(signal.body)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise LengthError(f"rank {signal.rank}: the body of {KINDS[signal.kind]} is no object in JSON.")
+    return found
+
+
+def numbers(told: Mapping[str, Any], name: str) -> list[int]:
+    """The whole numbers that a body has under this name; none where it has something else there."""
+    found = told.get(name, ())
+    return list(found) if isinstance(found, list) and all(type(i) is int for i in found) else []
 
 
 def table(sent: Sequence[int], expected: Sequence[int], what: str) -> bytes:

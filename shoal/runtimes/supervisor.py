@@ -138,6 +138,9 @@ class Supervisor:
                 return (self.asked and 128 + self.asked) or self.status
             finally:
                 self._end()
+                signal.set_wakeup_fd(-1)
+                os.close(wake)
+                os.close(woken)
 
     def _signaled(self, number: int) -> None:
         """The first is passed on; after the second nobody waits."""
