@@ -1,4 +1,4 @@
-"""The command line: race, run, sweep, reproduce, plan, mean, bench, report, list.
+"""The command line: race, run, sweep, reproduce, plan, mean, advise, bench, report, list.
 
 What a command does is in experiments and report.
 """
@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from shoal import __version__, compressors, data, kernels, methods, problems, report
-from shoal.cli import bench, mean, plan, race, reproduce, run, sweep
+from shoal.cli import advise, bench, mean, plan, race, reproduce, run, sweep
 from shoal.cli.options import With, app, err_console, fail, out_console
 from shoal.errors import PeerLost, ShoalError
 from shoal.experiments import sweep as sweeps
@@ -27,7 +27,7 @@ from shoal.report import mean as means
 from shoal.report import mean_text
 from shoal.runtimes.replicated import started_by_torchrun
 
-__all__ = ["app", "bench", "main", "mean", "plan", "race", "reproduce", "run", "sweep"]
+__all__ = ["advise", "app", "bench", "main", "mean", "plan", "race", "reproduce", "run", "sweep"]
 
 
 @app.command("report")
