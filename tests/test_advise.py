@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -311,11 +315,11 @@ def test_the_command_says_and_writes(tmp_path):
     ]
     done = shoal(*words, "--json", str(file))
     assert done.code == 0, done
-    assert "compress: TopK(k=0.02) makes a step" in done.said
+    assert "compress: TopK(0.02) makes a step" in done.said
     facts = json.loads(file.read_text())
     assert facts["d"] == 2050
     assert facts["buckets"][0]["plain"] == 50
-    assert [row["way"] for row in facts["rows"]] == ["TopK(k=0.02)", "QSGD(levels=7)", "float32 all-reduce"]
+    assert [row["way"] for row in facts["rows"]] == ["TopK(0.02)", "QSGD(levels=7)", "float32 all-reduce"]
     assert facts["rows"][0]["step_seconds"] > facts["compute_seconds"] > 0
     slower = shoal(*words, "--cores-per-rank", str(torch.get_num_threads() / 4), "--json", str(file))
     assert slower.code == 0
@@ -338,6 +342,30 @@ def test_what_the_command_refuses(words, why):
     done = shoal(*words)
     assert done.code != 0
     assert why in done.error + done.said
+
+
+@pytest.mark.slow
+def test_ranks_measure_their_link(tmp_path):
+    """Two ranks under torchrun: rank 0 alone speaks, and the line between them has a rate and a latency."""
+    (tmp_path / "models.py").write_text(MODELS)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "shoal"]
+    words += ["advise", f"{tmp_path / 'models.py'}:fine", "--repeat", "1", "-c", "QSGD(7)", "--json", "advice.json"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    facts = json.loads((tmp_path / "advice.json").read_text())
+    assert facts["link_measured"]
+    assert facts["ranks"] == 2
+    assert facts["bandwidth_mbit"] > 10
+    assert 0 < facts["latency_ms"] < 1000
+    assert done.stdout.count("break-even") + done.stdout.count("compress:") <= 2, "one rank speaks"
+
+
+def test_under_torchrun_ranks_are_those_there_are(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("RANK", "0")
+    for option in ("--ranks", "--cores-per-rank"):
+        assert "under torchrun the ranks are those there are" in shoal("mnist-cnn", option, "3").error
 
 
 def test_advice_is_in_the_order_of_steps():
