@@ -34,7 +34,7 @@ from shoal.errors import ConfigError, NonFiniteError, ResumeMismatch
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.messages import Vector
 from shoal.rng import checked_seed
-from shoal.runtimes.reduce import GradBucket, Link, Traffic, dense_mean, rehearse
+from shoal.runtimes.reduce import GradBucket, Link, Traffic, dense_mean, feedback_of, rehearse
 
 __all__ = ["Handle", "attach"]
 
@@ -323,7 +323,9 @@ def attach(
     References: arXiv:1909.05350 (error feedback); docs/derivations/compressors.md.
     """
     code = parse(compressor, known_names(), Compressor) if isinstance(compressor, str) else compressor
-    feedback = _feedback(code, error_feedback)
+    if not isinstance(code, Compressor):
+        raise ConfigError(f"compressor={code!r}: a compressor, or text such as 'Correlated()'.")
+    feedback = feedback_of(code, error_feedback, compact(code))
     sizes = _checked_model(ddp)
     for name, value, least in (("start", start, 0), ("min_numel", min_numel, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -347,21 +349,6 @@ def attach(
         handle.close(wait=False)
         raise ConfigError("this module has a communication hook already: wrap it in DDP again, or drop one.") from error
     return handle
-
-
-def _feedback(code: Compressor, asked: bool | None) -> bool:
-    """Whether there are memories. Raises ConfigError where theory says that they would grow."""
-    if not isinstance(code, Compressor):
-        raise ConfigError(f"compressor={code!r}: a compressor, or text such as 'Correlated()'.")
-    unbiased, contractive = hasattr(code, "omega") or hasattr(code, "ab"), hasattr(code, "alpha")
-    if not unbiased and not contractive:
-        raise ConfigError(f"{compact(code)} states no omega, ab or alpha: nothing says that it converges.")
-    if asked and not contractive:
-        raise ConfigError(
-            f"error_feedback=True with {compact(code)}: memories of a compressor without alpha may grow. Leave it out "
-            f"(it is unbiased), or take Scaled({compact(code)})."
-        )
-    return not unbiased if asked is None else asked
 
 
 def _checked_model(ddp: DistributedDataParallel) -> dict[str, int]:

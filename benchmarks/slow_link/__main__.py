@@ -22,12 +22,15 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.slow_link.links import Link, links, missing
+from benchmarks.slow_link.links import Link, Place, links, missing
 from benchmarks.slow_link.work import Found, Task
 from shoal.experiments.folder import versions
 from shoal.experiments.timing import machine_line
 
-OURS = ["Correlated()", "Rotated(Correlated())", "Drive()", "Eden(1)", "Eden(2)"]
+OURS = [
+    "Correlated()", "Rotated(Correlated())", "Drive(numerical=True)", "Eden(1, numerical=True)",
+    "Eden(2, numerical=True)",
+]  # fmt: skip
 BUILT_IN = {"exchange": ["float32", "fp16"], "step": ["float32", "fp16", "PowerSGD(1)", "PowerSGD(4)"]}
 TITLES = {
     "exchange": "the mean of 25 MiB of gradients, alone",
@@ -68,31 +71,36 @@ def ways(job: str, chosen: argparse.Namespace) -> list[str]:
     return chosen.way or [*BUILT_IN.get(job, BUILT_IN["step"]), *OURS]
 
 
+def said(places: list[Place], words: list[str]) -> Iterator[str]:
+    """What rank 0 prints, line by line, of these words run as a rank in every place. Raises RuntimeError where a rank
+    fails."""
+    started = []
+    for rank, place in enumerate(places):
+        env = {
+            "RANK": rank, "WORLD_SIZE": len(places), "MASTER_ADDR": places[0].address, "MASTER_PORT": PORT,
+            "GLOO_SOCKET_IFNAME": place.device, "OMP_NUM_THREADS": 1, "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "PYTHONWARNINGS": "ignore",
+        }  # fmt: skip
+        pipe = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+        there = os.environ | {name: str(value) for name, value in env.items()}
+        started.append(subprocess.Popen(place.command(words), env=there, stdout=pipe, text=True))
+    try:
+        assert started[0].stdout is not None
+        yield from started[0].stdout
+    finally:
+        for process in started:
+            process.terminate()
+        status = [process.wait() for process in started]
+    if any(code > 0 for code in status):
+        raise RuntimeError(f"the ranks ended with {status}; what they said stands above.")
+
+
 def measured(link: Link, job: str, chosen: argparse.Namespace) -> Iterator[Found]:
     """One row a way, as they come."""
     with links(chosen.ranks, link) as places:
         task = Task(job, ways(job, chosen), chosen.repeat, places[0].device, chosen.data, chosen.accuracy)
-        words = [sys.executable, "-m", "benchmarks.slow_link.work", json.dumps(asdict(task))]
-        started = []
-        for rank, place in enumerate(places):
-            env = {
-                "RANK": rank, "WORLD_SIZE": chosen.ranks, "MASTER_ADDR": places[0].address, "MASTER_PORT": PORT,
-                "GLOO_SOCKET_IFNAME": place.device, "OMP_NUM_THREADS": 1, "TORCH_CPP_LOG_LEVEL": "ERROR",
-                "PYTHONWARNINGS": "ignore",
-            }  # fmt: skip
-            pipe = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
-            there = os.environ | {name: str(value) for name, value in env.items()}
-            started.append(subprocess.Popen(place.command(words), env=there, stdout=pipe, text=True))
-        try:
-            assert started[0].stdout is not None
-            for line in started[0].stdout:
-                yield Found(**json.loads(line))
-        finally:
-            for process in started:
-                process.terminate()
-            status = [process.wait() for process in started]
-    if any(code > 0 for code in status):
-        raise RuntimeError(f"{job} at {link}: the ranks ended with {status}; what they said stands above.")
+        for line in said(places, [sys.executable, "-m", "benchmarks.slow_link.work", json.dumps(asdict(task))]):
+            yield Found(**json.loads(line))
 
 
 def table(title: str, rows: list[Found]) -> Table:

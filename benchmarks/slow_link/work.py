@@ -113,18 +113,26 @@ def _timed(way: str, once: Callable[[int], object], task: Task) -> Found:
 
 
 # ------------------------------------------------------------------------------------------------ a model's step
-def step(way: str, task: Task) -> Found:
-    """Whole steps of a model with 25 MiB of gradients: forward, backward with the exchange, and SGD."""
+def wide(
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+) -> tuple[nn.Module, Callable[[], Tensor], torch.optim.Optimizer]:
+    """A model with 25 MiB of gradients, wrapped, its loss and SGD: also what `shoal advise` takes."""
     torch.manual_seed(0)
     layers = [layer for _ in range(4) for layer in (nn.Linear(WIDE, WIDE, bias=False), nn.Tanh())]
-    model = DistributedDataParallel(nn.Sequential(*layers))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    inputs = torch.randn(16, WIDE, generator=torch.Generator().manual_seed(dist.get_rank()))
+    model = wrap(nn.Sequential(*layers))
+    inputs = torch.randn(16, WIDE, generator=torch.Generator().manual_seed(int(os.environ.get("RANK", "0"))))
+    return model, lambda: model(inputs).square().mean(), torch.optim.SGD(model.parameters(), lr=0.01)
+
+
+def step(way: str, task: Task) -> Found:
+    """Whole steps of a model with 25 MiB of gradients: forward, backward with the exchange, and SGD."""
+    model, loss, optimizer = wide(DistributedDataParallel)
+    assert isinstance(model, DistributedDataParallel)
     with attached(way, model):
 
         def once(k: int) -> None:
             optimizer.zero_grad()
-            model(inputs).square().mean().backward()
+            loss().backward()
             optimizer.step()
 
         for k in range(12 if way.startswith("PowerSGD") else 2):  # buckets are formed anew; PowerSGD starts late

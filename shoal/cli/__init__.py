@@ -1,4 +1,4 @@
-"""The command line: race, run, sweep, reproduce, plan, mean, bench, report, list.
+"""The command line: race, run, sweep, reproduce, plan, mean, advise, bench, report, list.
 
 What a command does is in experiments and report.
 """
@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from shoal import __version__, compressors, data, kernels, methods, problems, report
-from shoal.cli import bench, mean, plan, race, reproduce, run, sweep
+from shoal.cli import advise, bench, mean, plan, race, reproduce, run, sweep
 from shoal.cli.options import With, app, err_console, out_console, spoken
 from shoal.errors import CheckpointWarning
 from shoal.experiments import sweep as sweeps
@@ -26,7 +26,7 @@ from shoal.experiments.spec import ON_FILES
 from shoal.report import mean as means
 from shoal.report import mean_text
 
-__all__ = ["app", "bench", "main", "mean", "plan", "race", "reproduce", "run", "sweep"]
+__all__ = ["advise", "app", "bench", "main", "mean", "plan", "race", "reproduce", "run", "sweep"]
 
 
 @app.command("report")

@@ -84,10 +84,14 @@ class Peers:
         mine = mine.contiguous()
         size = mine.numel() * mine.element_size()
         self._fence(ALL, f"{_brief(what or 'a tensor')}, {mine.dtype}".encode(), size)
+        out = self._gathered(mine)
+        self.moved += size * (self.world - 1)
+        return out
+
+    def _gathered(self, mine: Tensor) -> list[Tensor]:
         out = [torch.empty_like(mine) for _ in range(self.world)]
         with self._watched():
             self._wait(dist.all_gather(out, mine, group=self.group, async_op=True))
-        self.moved += size * (self.world - 1)
         return out
 
     def swap(self, mine: Sequence[Tensor], sizes: Sequence[int], what: str = "") -> list[Tensor]:
@@ -95,14 +99,18 @@ class Peers:
         uint8. The sizes are what both ends know without asking."""
         sent = [len(piece) for piece in mine]
         self._fence(SWAP, table(sent, sizes, _brief(what or "slices")), sum(sent))
-        out = torch.empty(sum(sizes), dtype=torch.uint8)
+        out = self._swapped(mine, sizes)
+        self.moved += sum(sent) - sent[self.rank]
+        return out
+
+    def _swapped(self, mine: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        sent, out = [len(piece) for piece in mine], torch.empty(sum(sizes), dtype=torch.uint8)
         with self._watched():
             self._wait(
                 dist.all_to_all_single(
                     out, torch.cat(list(mine)), list(sizes), sent, group=self.group, async_op=True
                 )
             )  # fmt: skip
-        self.moved += sum(sent) - sent[self.rank]
         return list(out.split(list(sizes)))
 
     def barrier(self) -> None:

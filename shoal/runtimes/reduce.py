@@ -87,6 +87,22 @@ class Timed(Peers):
             self.seconds += time.perf_counter() - began
 
 
+def feedback_of(code: Compressor, asked: bool | None, name: str) -> bool:
+    """Whether what a message left out is remembered: asked=None, where a compressor is biased.
+
+    Raises ConfigError where theory says that memories would grow, and for a compressor that states nothing.
+    """
+    unbiased, contractive = hasattr(code, "omega") or hasattr(code, "ab"), hasattr(code, "alpha")
+    if not unbiased and not contractive:
+        raise ConfigError(f"{name} states no omega, ab or alpha: nothing says that it converges.")
+    if asked and not contractive:
+        raise ConfigError(
+            f"error_feedback=True with {name}: memories of a compressor without alpha may grow. Leave it out "
+            f"(it is unbiased), or take Scaled({name})."
+        )
+    return not unbiased if asked is None else asked
+
+
 def rehearse(code: Compressor, n: int, d: int) -> None:
     """Compress and average zeros: kernels are compiled here, where no other rank waits for this one."""
     rnd, u = Round.full(0, 0, n), torch.zeros(n, d)

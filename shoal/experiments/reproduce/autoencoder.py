@@ -40,9 +40,7 @@ def _grids(n: int, images: int | None, quick: bool, data: Sequence[Path]) -> lis
     problem |= {"rows": images} if images else {}
     for similarity in (0.0, 1.0) if quick else SIMILARITIES:
         over: dict[str, list[Any]] = {"method": list(methods(n, d).values())}
-        over["multiple"] = [
-            2.0**k for k in (range(0, 14, 3 if quick else 1) if many else range(8))
-        ]
+        over["multiple"] = [2.0**k for k in (range(0, 14, 3 if quick else 1) if many else range(8))]
         over["seed"] = [0] if many else seeds(quick, 3)
         found.append(grid(problem | {"similarity": similarity}, over, 1e-3, rounds=4000 if many and not quick else 600))
     return found
