@@ -108,7 +108,7 @@ def until(condition: Callable[[], object], seconds: float = 180.0) -> bool:
 def test_every_option_explains_itself():
     """Commands, arguments and options."""
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    assert commands.keys() == {"race", "run", "report", "list", "mean", "bench", "plan", "sweep", "reproduce"}
+    assert commands.keys() == {"advise", "race", "run", "report", "list", "mean", "bench", "plan", "sweep", "reproduce"}
     for name, command in commands.items():
         assert command.help, name
         for parameter in command.params:
