@@ -156,21 +156,6 @@ def checked_ranks(ranks: int, n: int) -> None:
         raise ConfigError(f"--ranks {ranks} for n={n} clients: from 1 to {n}, since a rank hosts one.")
 
 
-def rank_words(context: typer.Context, out: Path) -> list[str]:
-    """This command's own words, with the folder named, so that all ranks mean the same one."""
-    words = [str(context.command.name)]
-    there = given(context)
-    for parameter in context.command.params:
-        name = str(parameter.name)
-        if name not in there or name == "out":
-            continue
-        value = context.params[name]
-        for one in value if isinstance(value, list | tuple) else [value]:
-            flag = [parameter.opts[0]] if parameter.param_type_name == "option" else []
-            words += flag if one is True else [*flag, str(one)]
-    return words if "resume" in there else [*words, "--out", str(out)]
-
-
 def stored_spec(context: typer.Context, folder: Path, kind: str, beside: set[str]) -> dict[str, Any]:
     """The spec in a folder that is to be resumed. Refuses options that would have to be ignored."""
     extra = sorted(given(context) - beside - {"resume"})

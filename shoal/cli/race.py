@@ -9,6 +9,7 @@ import shlex
 import signal
 import time
 import tomllib
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,7 +51,7 @@ from shoal.cli.options import (
     fail,
     new_folder,
     out_console,
-    rank_words,
+    spoken,
     stored_spec,
     timeout_given,
 )  # fmt: skip
@@ -59,8 +60,9 @@ from shoal.experiments.folder import make_folder, versions
 from shoal.experiments.race import News, check
 from shoal.experiments.race import race as run_race
 from shoal.experiments.spec import ProblemSpec, RaceSpec
-from shoal.runtimes.ranks import Ranks
-from shoal.runtimes.replicated import connected, launch, started_by_torchrun
+from shoal.runtimes import supervisor
+from shoal.runtimes.ranks import Make, Ranks
+from shoal.runtimes.replicated import connected, started_by_torchrun
 
 Steps = Annotated[str | None, typer.Option(help="theory, tuned, or theory,tuned.")]
 Tune = Annotated[str | None, typer.Option(metavar="LOW:HIGH", help="Tuning tries 2^LOW..2^HIGH times theory's step.")]
@@ -132,20 +134,21 @@ def race(
         }  # fmt: skip
         spec = _spec(_toml(config) if config else tomllib.loads(default_race()), problem, described, changed)
         folder = out or new_folder("race", spec.problem.name)
+    resuming = resume is not None
     if started_by_torchrun():
-        shared = json.loads(spec.model_dump_json()) | {"versions": versions()}
-        with connected(check(spec)[0].n, shared, make, seconds) as lines:
-            _race(spec, folder, resume is not None, None, Ranks(lines.peers, make))
+        _along(spec, folder, resuming, make, seconds)
         return
     if ranks:
+        torch.set_num_threads(1)  # before anything computes: a fork has no threads but its own
         checked_ranks(ranks, check(spec)[0].n)
-        if resume is None:
+        if not resuming:
             make_folder(folder)
-        if status := launch(ranks, rank_words(context, folder)):
+        # Run follows run, each over a channel of its own: who is killed between them has no round to stand at again.
+        work = partial(spoken, partial(_along, spec, folder, resuming, make, seconds))
+        if status := supervisor.launch(ranks, work, restarts=0):
             raise SystemExit(status)
     else:
-        _race(spec, folder, resume is not None, workers)
-    # Here and not in a rank: torchrun reports every other status than 0 as a crash.
+        _race(spec, folder, resuming, workers)
     _judge(report.load(folder), spec)
 
 
@@ -185,12 +188,22 @@ def _range(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _along(spec: RaceSpec, folder: Path, resuming: bool, make: Make, timeout: float) -> None:
+    """One rank's part of a race."""
+    shared = json.loads(spec.model_dump_json()) | {"versions": versions()}
+    with connected(check(spec)[0].n, shared, make, timeout) as lines:
+        _race(spec, folder, resuming, None, Ranks(lines.peers, make))
+
+
 def _race(spec: RaceSpec, folder: Path, resuming: bool, workers: int | None, ranks: Ranks | None = None) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell may start background jobs with SIGINT ignored
         signal.signal(number, signal.default_int_handler)
     if ranks is not None and not ranks.first:
-        run_race(spec, folder, again(), ranks=ranks)
+        try:
+            run_race(spec, folder, again(), ranks=ranks)
+        except KeyboardInterrupt:  # the first rank says so for all
+            raise SystemExit(130) from None
         return
     began = time.monotonic()
     if spec.files:

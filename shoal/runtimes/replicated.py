@@ -7,8 +7,6 @@ checked after arrival, so that every rank aggregates the same n rows in slot ord
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -149,10 +147,3 @@ def connected(
     with group(timeout, still) as peers:
         peers.handshake(config)
         yield make(n, peers.digest, peers)
-
-
-def launch(ranks: int, arguments: list[str]) -> int:
-    """Run `shoal` with these arguments in `ranks` processes on this machine under torchrun; the exit status."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run([*torchrun, "-m", "shoal", *arguments], env=os.environ | quiet, check=False).returncode
