@@ -2,6 +2,7 @@
 
     python scripts/kills.py --points           # every place of shoal.runtimes.crash, on every rank
     python scripts/kills.py --kills 100        # random ranks at random moments, from the start on
+    python scripts/kills.py --kills 20 --at-once 2    # two at the same moment; as many as ranks: a checkpoint must do
 
 Each trial is a run over ranks on this machine, under the supervisor that `shoal run --ranks` has. Printed at the end:
 how many trials ended at the identical iterate with one row a round, and how long it took from the kill to the next
@@ -19,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,14 +43,14 @@ TIMEOUT = 20.0
 FIRST = ("joining", "mid-checkpoint")  # places that are passed before round 0
 
 
-def rank(method: str, rounds: int, out: Path, victim: int, delay: float | None, told: Path) -> int:
-    """What each rank does; where `victim` is to die, a process of its own kills it after `delay` seconds."""
+def rank(method: str, rounds: int, out: Path, victims: Sequence[int], moment: float | None, told: Path) -> int:
+    """What each rank does; where it is one of the victims, a process of its own kills it at that moment."""
     checkpoint.EVERY = -1.0  # at every round where the ranks ask each other
     me, attempt = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
-    if me == victim and attempt == "0" and delay is not None:
+    if me in victims and attempt == "0" and moment is not None:
         prey = os.getpid()
         if os.fork() == 0:
-            time.sleep(delay)
+            time.sleep(max(0.0, moment - time.monotonic()))
             if os.getppid() == prey:
                 told.write_text(f"{time.monotonic()}")
                 os.kill(prey, signal.SIGKILL)
@@ -77,11 +79,12 @@ def recovery(out: Path, killed: float) -> float | None:
 
 
 def trial(
-    out: Path, ranks: int, rounds: int, method: str, victim: int, delay: float | None
+    out: Path, ranks: int, rounds: int, method: str, victims: Sequence[int], delay: float | None
 ) -> tuple[str, float | None]:
     """(what went wrong or "", seconds to recover)."""
     told = out.with_suffix(".killed")
-    status = launch(ranks, lambda: rank(method, rounds, out, victim, delay, told))
+    moment = None if delay is None else time.monotonic() + delay
+    status = launch(ranks, lambda: rank(method, rounds, out, victims, moment, told))
     result = json.loads((out / "result.json").read_text()) if (out / "result.json").exists() else {}
     lines = (out / "metrics.jsonl").read_text().splitlines() if result else []
     seconds = recovery(out, float(told.read_text())) if told.exists() else None
@@ -89,7 +92,7 @@ def trial(
         return f"status {status}, sha256 {result.get('sha256')}", seconds
     if [json.loads(line)["round"] for line in lines] != list(range(rounds + 1)):
         return "not one row a round", seconds
-    if delay is None and not list(out.parent.glob(f"{out.name}-rank{victim}-1")):
+    if delay is None and not list(out.parent.glob(f"{out.name}-rank{victims[0]}-1")):
         return "nobody was killed", seconds
     left = [p.name for p in out.iterdir() if p.name not in KEPT]
     return (f"left behind: {left}" if left else ""), seconds
@@ -104,6 +107,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", action="store_true", help="every named place on every rank")
     parser.add_argument("--kills", type=int, default=0, help="how many random kills")
+    parser.add_argument("--at-once", type=int, default=1, help="how many ranks a random kill takes")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
@@ -112,20 +116,22 @@ def main() -> int:
     os.environ["SHOAL_CRASH"] = ""
     for method in METHODS:
         EXPECTED[method] = simulate(PROBLEM, method, rounds=given.rounds).sha256
-    cells = [(p, r) for p in POINTS for r in range(given.ranks)] if given.points else []
+    if not 1 <= given.at_once <= given.ranks:
+        parser.error(f"--at-once {given.at_once} of {given.ranks} ranks")
+    cells = [(p, [r]) for p in POINTS for r in range(given.ranks)] if given.points else []
     draw, bad, times, lasted = random.Random(given.seed), [], [], []
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as folder:
-        work = [*cells, *(("random", draw.randrange(given.ranks)) for _ in range(given.kills))]
-        for k, (place, victim) in enumerate(track(work, "killing", console=console, transient=True)):
+        work = [*cells, *(("random", draw.sample(range(given.ranks), given.at_once)) for _ in range(given.kills))]
+        for k, (place, victims) in enumerate(track(work, "killing", console=console, transient=True)):
             method, index = METHODS[k % len(METHODS)], 0 if place in FIRST else given.rounds // 2 + k % 2
             delay = draw.uniform(0.0, statistics.median(lasted) if lasted else 1.0) if place == "random" else None
-            os.environ["SHOAL_CRASH"] = "" if place == "random" else f"{place}:{victim}:{index}"
+            os.environ["SHOAL_CRASH"] = "" if place == "random" else f"{place}:{victims[0]}:{index}"
             began = time.monotonic()
-            wrong, seconds = trial(Path(folder) / f"{k}", given.ranks, given.rounds, method, victim, delay)
+            wrong, seconds = trial(Path(folder) / f"{k}", given.ranks, given.rounds, method, victims, delay)
             lasted.append(time.monotonic() - began)
             if wrong:
-                bad.append(f"{place}, rank {victim}, {method}, delay {delay}: {wrong}")
+                bad.append(f"{place}, ranks {victims}, {method}, delay {delay}: {wrong}")
             if seconds is not None:
                 times.append(seconds)
     print("\n".join(bad), end="\n" * bool(bad))

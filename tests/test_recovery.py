@@ -175,6 +175,13 @@ def test_a_rank_that_is_killed_at_any_time_is_not_missed():
     assert "20 of 20 runs ended at the identical iterate" in kills("--kills", "20", "--seed", "1")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("many", [2, 4])
+def test_several_ranks_that_are_killed_at_once_are_not_missed(many):
+    """Two of four: journals and survivors serve. All four: the last checkpoint does, or the start."""
+    assert "6 of 6 runs ended at the identical iterate" in kills("--kills", "6", "--at-once", f"{many}", "--seed", "1")
+
+
 # ------------------------------------------------------------------------------------------------ interrupted
 RANKS = ["run", "Slow(n=5, d=8, noise=0.1, lam=0.1)", "EF21(TopK(2))", "--with", "slow.py", "--rounds", "150"]
 

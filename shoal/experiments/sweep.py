@@ -114,9 +114,9 @@ class Progress:
 
     @property
     def left(self) -> float | None:
-        """Seconds, should the rest go on like what is done; None where nothing is."""
-        spent = time.monotonic() - self.began
-        return spent * (1.0 - self.share) / self.share if self.share > 0.0 else None
+        """Seconds, should the rest go on like what is done; None where next to nothing is."""
+        spent, share = time.monotonic() - self.began, self.share
+        return spent * (1.0 - share) / share if share > 1e-3 else None
 
 
 def sweep(
