@@ -209,7 +209,7 @@ def ranks(world: int, step: int) -> dict[str, list]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -220,11 +220,13 @@ def ranks(world: int, step: int) -> dict[str, list]:
     ("world", "hosted", "step"), [(1, [5], 7), (2, [3, 2], 1), (3, [2, 2, 1], 7), (4, [2, 1, 1, 1], 2)]
 )
 def test_ranks_are_the_simulator_bit_for_bit(world, hosted, step):
-    """The zoo (all of it on two ranks), on every rank, over both channels: payloads, iterates, measured values, bytes.
+    """The zoo, on every rank, over both channels: payloads, iterates, measured values, bytes. All of it on two ranks, a
+    share on the others unless the variable SHOAL_ALL is set.
 
     Beside it: five clients are shared out evenly, two rounds of GD move two frames of 48 + 64 bytes for each place of
     the largest share to each other rank, behind a signal, and more ranks than clients are refused.
     """
+    step = 1 if os.environ.get("SHOAL_ALL") else step
     found = ranks(world, step)
     expected = {name: job(lambda: TappedLocal(5)) for name, job in list(zoo.jobs().items())[::step]}
     for rank, channels in enumerate(found["traces"]):
