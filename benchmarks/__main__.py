@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import gpu, memory, race, round
+from benchmarks import clients, gpu, memory, race, round
 from shoal.experiments.folder import versions
 from shoal.experiments.timing import Row, machine_line
 
@@ -26,6 +26,7 @@ BENCHES: dict[str, tuple[Callable[[int], Iterator[Row]], str, Callable[[int], in
     "round": (round.measure, "one compressed round, n = d = 1000, gradients apart: CPU ns a client-coordinate", int),
     "race": (race.measure, "400 rounds, n = 400, d = 32: wall seconds a method, warm", lambda repeat: -(-repeat // 5)),
     "memory": (memory.measure, "memory added by MARINA + Correlated, one thread", lambda repeat: -(-repeat // 15)),
+    "clients": (clients.measure, "gradients of 1000 autoencoder clients, and a loop over them: seconds a pass", int),
     "gpu": (gpu.measure, "kernels on a GPU at d = 2^27: ps a coordinate", int),
 }
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numba import njit
 from torch import nn
 
 from shoal import mnist, simulate, splits
 from shoal.data import load
 from shoal.errors import ConfigError, DataError
 from shoal.experiments.spec import ProblemSpec
+from shoal.kernels.cpu.combinations import gathered, times
 from shoal.problems import Autoencoder, Module, estimated
 
 WIDTH = 5  # the kernels are compiled for each width: one is enough, if it is no multiple of 4
@@ -57,6 +59,37 @@ def test_values_gradients_and_products_against_autograd(setting):
         assert float(values[i]) == pytest.approx(float(value.detach()), rel=1e-12)
         # rounded to float32 once: half a unit in the last place, and float64's errors
         assert ((gradients[i].double() - g).abs() <= 2.0**-24 * g.abs() + 1e-12 * g.abs().max()).all()
+
+
+@pytest.mark.parametrize("r", [1, 3, 16])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_combinations_of_rows_are_summed_in_order_in_float64(r, kind):
+    """Bit for bit: terms one after the other, and in a product with a square the odd ones beside the even ones."""
+    rng = np.random.default_rng(r)
+    table, square = rng.normal(size=(9, 2 * r)).astype(kind), rng.normal(size=(r, r))
+    values, index = rng.normal(size=7).astype(np.float32), rng.integers(0, 9, 7).astype(np.int32)
+    unit = (0,) * r
+
+    @njit
+    def gather(lo, hi, out):
+        gathered(values, index, lo, hi, table, out, unit)
+
+    @njit
+    def multiply(at, out):
+        times(table[2], at, square, out, unit)
+
+    for lo, hi in ((0, 7), (2, 5), (4, 4)):
+        out, expected = np.full(2 * r, np.nan), np.zeros(2 * r)
+        gather(lo, hi, out)
+        for k in range(lo, hi):
+            expected += np.float64(values[k]) * table[index[k]].astype(np.float64)
+        assert out.tobytes() == expected.tobytes()
+    for at in (0, r):
+        out, parts = np.full(r, np.nan), np.zeros((2, r))
+        multiply(at, out)
+        for a in range(r):
+            parts[a % 2] += np.float64(table[2, at + a]) * square[a]
+        assert out.tobytes() == (parts[0] + parts[1]).tobytes()
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -16,44 +16,11 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from shoal.kernels.cpu.combinations import gathered, times
+
 __all__ = ["gradients", "products"]
 
 # `unit` is (0,) * r everywhere: a tuple's length is known when the loops are compiled, and they are unrolled by it.
-
-
-@njit(cache=True, nogil=True)
-def _gather(values, index, lo, hi, table, out, unit):
-    """out[c] = sum over lo <= k < hi of values[k] table[index[k], c] for c < 2 r, four terms at a time."""
-    width = 2 * len(unit)
-    for c in range(width):
-        out[c] = 0.0
-    for k in range(lo, hi, 4):
-        s, a = np.float64(values[k]), np.uint32(index[k])
-        # Beyond the end zeros are added, so that there is one loop and `out` is loaded and stored a quarter as often.
-        t, b = (np.float64(values[k + 1]), np.uint32(index[k + 1])) if k + 1 < hi else (0.0, a)
-        u, e = (np.float64(values[k + 2]), np.uint32(index[k + 2])) if k + 2 < hi else (0.0, a)
-        v, d = (np.float64(values[k + 3]), np.uint32(index[k + 3])) if k + 3 < hi else (0.0, a)
-        for c in range(width):
-            first = s * np.float64(table[a, c]) + t * np.float64(table[b, c])
-            out[c] += first + (u * np.float64(table[e, c]) + v * np.float64(table[d, c]))
-
-
-@njit(cache=True, nogil=True)
-def _times(row, at, S, out, unit):
-    """out (r,) = row[at : at + r] @ S, four terms at a time as far as they go."""
-    r = len(unit)
-    for c in range(r):
-        out[c] = 0.0
-    whole = r // 4 * 4
-    for a in range(0, whole, 4):
-        s, t = np.float64(row[at + a]), np.float64(row[at + a + 1])
-        u, v = np.float64(row[at + a + 2]), np.float64(row[at + a + 3])
-        for c in range(r):
-            out[c] += (s * S[a, c] + t * S[a + 1, c]) + (u * S[a + 2, c] + v * S[a + 3, c])
-    for a in range(whole, r):
-        s = np.float64(row[at + a])
-        for c in range(r):
-            out[c] += s * S[a, c]
 
 
 @njit(cache=True, nogil=True)
@@ -88,7 +55,8 @@ def _longest(spans, blocks):
 
 @njit(cache=True, nogil=True)
 def _regularizer(table, R, lam, shared, unit):
-    """(lam / 2) ||D E - I||^2, its gradient written to shared (2 p r,): lam (D Q - E') and lam (R E - D'), Q = E E'."""
+    """(lam / 2) ||D E - I||^2; its gradient, lam (D Q - E') and the transpose of lam (R E - D'), written to the table
+    shared (p, 2 r), Q = E E'."""
     p, r = table.shape[0], len(unit)
     Q, side, total = _inner(table, table, 0, unit), np.empty(r), float(p)
     for a in range(r):
@@ -97,22 +65,22 @@ def _regularizer(table, R, lam, shared, unit):
     for j in range(p):
         for c in range(r):
             total -= 2.0 * np.float64(table[j, c]) * np.float64(table[j, r + c])
-        _times(table[j], r, Q, side, unit)
+        times(table[j], r, Q, side, unit)
         for c in range(r):
-            shared[j * r + c] = lam * (side[c] - np.float64(table[j, c]))
-        _times(table[j], 0, R, side, unit)
+            shared[j, c] = lam * (side[c] - np.float64(table[j, c]))
+        times(table[j], 0, R, side, unit)
         for c in range(r):
-            shared[p * r + c * p + j] = lam * (side[c] - np.float64(table[j, r + c]))
+            shared[j, r + c] = lam * (side[c] - np.float64(table[j, r + c]))
     return 0.5 * lam * total
 
 
 @njit(cache=True, nogil=True)
-def gradients(by_rows, by_columns, spans, blocks, x, weight, lam, values, rows, unit):
+def gradients(by_rows, by_columns, spans, squares, blocks, x, weight, lam, values, rows, unit):
     """values[i], rows[i] = f_i + (lam / 2) ||D E - I||^2 and its gradient, for the clients blocks[i].
 
     by_rows = (data, index, indptr): the rows a, of client b those from spans[b] to spans[b + 1]. by_columns = (data,
-    row within the client, indptr): entry b p + j of indptr begins column j of client b. x is the flat (D, E) in
-    float32. values (m,) float64 and rows (m, 2 p r) float32 are written.
+    row within the client, indptr): entry b p + j of indptr begins column j of client b. squares[b] = sum a'a over its
+    rows. x is the flat (D, E) in float32. values (m,) float64 and rows (m, 2 p r) float32 are written.
     """
     r = len(unit)
     p = x.size // (2 * r)
@@ -120,18 +88,16 @@ def gradients(by_rows, by_columns, spans, blocks, x, weight, lam, values, rows, 
     cdata, cindex, cindptr = by_columns
     table = np.empty((p, 2 * r), np.float32)  # half the memory traffic of float64, and exact: x is float32
     _fill(table, x, unit)
-    R, shared = _inner(table, table, r, unit), np.empty(2 * p * r)
+    R, shared = _inner(table, table, r, unit), np.empty((p, 2 * r))
     regularizer = _regularizer(table, R, lam, shared, unit)
     T, S, line, side = np.empty((_longest(spans, blocks), 2 * r)), np.empty((r, r)), np.empty(2 * r), np.empty(r)
     for i in range(blocks.size):
-        first, total = spans[blocks[i]], 0.0
+        first, total = spans[blocks[i]], squares[blocks[i]]
         S[:] = 0.0
         for row in range(first, spans[blocks[i] + 1]):
             lo, hi, t = indptr[row], indptr[row + 1], T[row - first]
-            _gather(data, index, lo, hi, table, t, unit)  # z and y
-            for k in range(lo, hi):
-                total += np.float64(data[k]) * np.float64(data[k])
-            _times(t, 0, R, side, unit)
+            gathered(data, index, lo, hi, table, t, unit)  # z and y
+            times(t, 0, R, side, unit)
             for a in range(r):
                 v = t[a]
                 total += v * (side[a] - 2.0 * t[r + a])
@@ -141,11 +107,11 @@ def gradients(by_rows, by_columns, spans, blocks, x, weight, lam, values, rows, 
         values[i] = weight * total + regularizer
         for j in range(p):
             at = blocks[i] * p + j
-            _gather(cdata, cindex, cindptr[at], cindptr[at + 1], T, line, unit)
-            _times(table[j], r, S, side, unit)
+            gathered(cdata, cindex, cindptr[at], cindptr[at + 1], T, line, unit)
+            times(table[j], r, S, side, unit)
             for c in range(r):
-                rows[i, j * r + c] = 2.0 * weight * (side[c] - line[c]) + shared[j * r + c]
-                rows[i, p * r + c * p + j] = 2.0 * weight * line[r + c] + shared[p * r + c * p + j]
+                rows[i, j * r + c] = 2.0 * weight * (side[c] - line[c]) + shared[j, c]
+                rows[i, p * r + c * p + j] = 2.0 * weight * line[r + c] + shared[j, r + c]
 
 
 @njit(cache=True, nogil=True)
@@ -173,10 +139,10 @@ def products(by_rows, by_columns, spans, blocks, x, V, weight, lam, rows, unit):
         first = spans[blocks[i]]
         for row in range(first, spans[blocks[i] + 1]):
             lo, hi, t = indptr[row], indptr[row + 1], T[row - first]
-            _gather(data, index, lo, hi, table, z, unit)
-            _gather(data, index, lo, hi, moving, t, unit)
-            _times(z, 0, dR, side, unit)
-            _times(t, 0, R, other, unit)
+            gathered(data, index, lo, hi, table, z, unit)
+            gathered(data, index, lo, hi, moving, t, unit)
+            times(z, 0, dR, side, unit)
+            times(t, 0, R, other, unit)
             for a in range(r):
                 t[r + a] = side[a] + other[a] - t[r + a]
                 for b in range(r):
@@ -184,13 +150,13 @@ def products(by_rows, by_columns, spans, blocks, x, V, weight, lam, rows, unit):
                     U[a, b] += t[a] * z[b] + z[a] * t[b]
         for j in range(p):
             at = blocks[i] * p + j
-            _gather(cdata, cindex, cindptr[at], cindptr[at + 1], T, line, unit)
-            _times(moving[j], r, S, side, unit)
-            _times(table[j], r, U, other, unit)
+            gathered(cdata, cindex, cindptr[at], cindptr[at + 1], T, line, unit)
+            times(moving[j], r, S, side, unit)
+            times(table[j], r, U, other, unit)
             for c in range(r):
                 rows[i, j * r + c] = 2.0 * weight * (side[c] + other[c] - line[c] - half * moving[j, c])
-            _times(table[j], 0, dR, side, unit)
-            _times(moving[j], 0, R, other, unit)
+            times(table[j], 0, dR, side, unit)
+            times(moving[j], 0, R, other, unit)
             for c in range(r):
                 part = line[r + c] + half * (side[c] + other[c] - moving[j, r + c])
                 rows[i, p * r + c * p + j] = 2.0 * weight * part

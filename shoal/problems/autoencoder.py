@@ -119,7 +119,7 @@ class Autoencoder(Problem):
         z = x.detach().numpy()
 
         def some(lo: int, hi: int) -> None:
-            held = blocks[lo:hi], z, self._weight, self.lam, values[lo:hi], rows[lo:hi]
+            held = self._squares, blocks[lo:hi], z, self._weight, self.lam, values[lo:hi], rows[lo:hi]
             kernels.gradients(*self._data, *held, self._unit)
 
         spread(some, len(blocks), least=max(1, LEAST // self.d))
@@ -182,6 +182,7 @@ class Autoencoder(Problem):
         self._table = hosting.slot_table(self.n, clients)
         columns = [block.tocsc() for block in blocks]
         self._data = (_joined(blocks), _joined(columns), np.cumsum([0, *(block.shape[0] for block in blocks)]))
+        self._squares = np.array([np.square(block.data, dtype=np.float64).sum() for block in blocks])
 
 
 def _joined(blocks: Sequence[csr_array]) -> tuple[NDArray, NDArray, Ids]:
