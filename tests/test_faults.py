@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from functools import cache
 from itertools import islice
@@ -40,9 +42,10 @@ from shoal.errors import (
 )
 from shoal.experiments.run import simulate
 from shoal.methods import DCGD, GD, Dasha, Marina, PPMarina, VRDiana
-from shoal.runtimes import Local, rounds
+from shoal.runtimes import Local, meeting, rounds
 from shoal.runtimes.group import checked_timeout
-from shoal.runtimes.lines import Lines, meet
+from shoal.runtimes.lines import Lines
+from shoal.runtimes.meeting import meet
 from shoal.runtimes.signals import ALL, BYE, FAULT, LONGEST, SIZE, Signal, first, judge
 
 TESTS = Path(__file__).resolve().parent
@@ -230,9 +233,10 @@ def test_a_roll_call_names_the_silent_and_spares_the_living():
     assert all("gloo said so" in str(e) for e in found), "whoever is the first to give up"
 
 
-def test_strangers_at_the_door_are_sent_away():
-    """A rank of an earlier start, and noise: neither is a rank, and the ranks still meet."""
-    store = HashStore()
+def test_nobody_waits_for_strangers_at_the_door(monkeypatch):
+    """Ranks of an earlier start, noise and dozens who say nothing: none is a rank, and the ranks meet beside them."""
+    monkeypatch.setattr(meeting, "PATIENCE", 30.0)
+    store, silent = HashStore(), []
 
     def pester() -> None:
         while not store.check(["lines/0"]):
@@ -241,6 +245,7 @@ def test_strangers_at_the_door_are_sent_away():
         for noise in (b"", b"GET / HTTP/1.1\r\n\r\n..", bytes(16) + (1).to_bytes(4, "little")):
             with socket.create_connection((host, int(port))) as stranger:
                 stranger.sendall(noise)
+        silent.extend(socket.create_connection((host, int(port))) for _ in range(10))
 
     one = threading.Thread(target=pester)
     one.start()
@@ -248,11 +253,49 @@ def test_strangers_at_the_door_are_sent_away():
     other = threading.Thread(target=lambda: zero.append(meet(store, 0, 2, 10.0)))
     other.start()
     one.join(10)
+    began = time.monotonic()
     lines = meet(store, 1, 2, 10.0)
     other.join(10)
+    assert time.monotonic() - began < 5.0
     assert [len(signals) for signals in together([say(zero[0]), say(lines)])] == [2, 2]
-    for line in (lines, zero[0]):
+    for line in (lines, zero[0], *silent):
         line.close()
+
+
+def test_a_card_may_come_in_pieces_and_late_ones_are_sent_away(monkeypatch):
+    with meeting.Door("127.0.0.1", 3) as door:
+        word, port, host = door.address.split()
+        card = bytes.fromhex(word) + (2).to_bytes(4, "little")
+        with socket.create_connection((host, int(port))) as slow, socket.create_connection((host, int(port))) as twice:
+            slow.sendall(card[:7])
+            assert door.arrivals({1, 2}) == {}
+            slow.sendall(card[7:])
+            until_then = time.monotonic() + 5.0
+            while not (met := door.arrivals({1, 2})) and time.monotonic() < until_then:
+                pass
+            assert list(met) == [2]
+            met[2].close()
+            monkeypatch.setattr(meeting, "PATIENCE", -1.0)
+            with socket.create_connection((host, int(port))) as late:
+                late.settimeout(5.0)
+                while door.arrivals({1, 2}) == {} and not readable(late):
+                    pass
+                assert late.recv(1) == b"", "the door has hung up"
+            twice.sendall(card)
+
+
+def readable(line: socket.socket) -> bool:
+    return bool(select.select([line], [], [], 0)[0])
+
+
+def test_a_rank_that_runs_ahead_without_end_is_refused():
+    """A rank sends one signal an exchange: it cannot have sent many that another has not used."""
+    lines = linked(2, timeout=2.0)
+    for number in range(40):
+        lines[1]._post(Signal(ALL, 1, 2, number=number))
+    with pytest.raises(LengthError, match="rank 1: more than 16 signals"):
+        lines[0].watch(0.1)
+    assert lines[0].closed
 
 
 def test_who_does_not_come_is_named():

@@ -21,7 +21,8 @@ from typing import Any
 import torch.distributed as dist
 
 from shoal.errors import ConfigError, PeerTimeout
-from shoal.runtimes.lines import TIMEOUT, Lines, meet
+from shoal.runtimes.lines import TIMEOUT, Lines
+from shoal.runtimes.meeting import meet
 from shoal.runtimes.peers import Peers
 from shoal.runtimes.signals import HELLO, Signal
 
@@ -110,7 +111,7 @@ def _named(store: dist.Store, lines: Lines) -> str:
 @contextmanager
 def group(timeout: float = TIMEOUT, still: Callable[[], None] = lambda: None) -> Iterator[Peers]:
     """The ranks that torchrun (or RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) says, connected within `timeout` seconds;
-    none waits longer than that for another. At the end all say farewell, and why. `still`: see `lines.meet`.
+    none waits longer than that for another. At the end all say farewell, and why. `still`: see `meeting.meet`.
 
     Raises PeerTimeout and PeerDied, naming the ranks.
     """

@@ -11,24 +11,20 @@ import json
 import os
 import selectors
 import socket
-import struct
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 from weakref import WeakSet
 
-from torch.distributed import PrefixStore, Store, TCPStore
-
 from shoal import errors
-from shoal.errors import PeerDied, PeerLost, PeerTimeout, WireError
+from shoal.errors import LengthError, PeerDied, PeerLost, PeerTimeout, WireError
 from shoal.runtimes.signals import BYE, ROLL, Signal, first, numbers, ranks, read
 
 TIMEOUT = 60.0  # seconds; gloo's own default is 30 minutes
 GRACE = 1.0  # for the answers to a roll call
 LINGER = 0.05  # after a first loss, for others that died with it
-_CARD = struct.Struct("<16sI")  # what a rank shows at a door: the door's own word, and its rank
+AHEAD = 16  # signals that a rank may have sent and this one not used; exchange for exchange it is three at most
 _OPEN: WeakSet[Lines] = WeakSet()
 # A forked child holds copies of the sockets, which would keep the lines of a dead parent open.
 os.register_at_fork(after_in_child=lambda: _hang_up())
@@ -110,6 +106,10 @@ class Lines:
         self._arrived[rank] += data
         while (signal := first(self._arrived[rank], rank)) is not None:
             self._inbox[rank].append(signal)
+            if len(self._inbox[rank]) > AHEAD:
+                raise LengthError(
+                    f"rank {rank}: more than {AHEAD} signals that nobody waits for; it runs another code."
+                )
 
     def _pump(self, seconds: float) -> None:
         """What arrives or leaves within this time, at most once a line."""
@@ -216,8 +216,8 @@ class Lines:
 
     def watch(self, seconds: float) -> None:
         """Raises where a rank is lost within this time."""
-        self._pump(seconds)
         try:
+            self._pump(seconds)
             self._look()
         except (PeerLost, WireError) as error:
             self.close(error, waiting=True)
@@ -240,96 +240,3 @@ class Lines:
             with suppress(OSError):  # the other end was first
                 line.shutdown(socket.SHUT_WR)
         self.hang_up()
-
-
-# ------------------------------------------------------------------------------------------- the start
-def _host(store: Store) -> str:
-    """The address of this machine that the store's machine can reach."""
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    if not isinstance(store, TCPStore):
-        return "127.0.0.1"
-    family, kind, proto, _, address = socket.getaddrinfo(store.host, store.port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, proto) as probe:
-        probe.connect(address)  # of a datagram socket: nothing is sent
-        return str(probe.getsockname()[0])
-
-
-def meet(
-    store: Store,
-    rank: int,
-    world: int,
-    timeout: float = TIMEOUT,
-    attempt: int = 0,
-    still: Callable[[], None] = lambda: None,
-) -> Lines:
-    """The lines of all ranks that find each other through `store` within `timeout` seconds; `still` is called while
-    they wait, and raises PeerLost where this attempt is not the newest any more.
-
-    Raises PeerTimeout naming those that did not come, PeerDied naming those that came and died, PeerLost if the store
-    itself is gone.
-    """
-    lines, end, card = Lines(rank, world, timeout, attempt), time.monotonic() + timeout, os.urandom(16)
-    host = _host(store)
-    with socket.create_server((host, 0), backlog=world, family=_family(host)) as door:
-        door.setblocking(False)
-        try:
-            store.set(f"lines/{rank}", f"{card.hex()} {door.getsockname()[1]} {host}")
-            missing = set(range(world)) - {rank}
-            while missing:
-                missing -= _arrivals(lines, door, card, missing)
-                missing -= _visits(lines, store, rank, missing)
-                if missing and time.monotonic() > end:
-                    who = sorted(missing)
-                    raise PeerTimeout(f"{ranks(who)} did not come within {timeout:g} s of the start: look whether they "
-                                      "run, and reach this machine; --timeout gives them longer.", who)  # fmt: skip
-                still()
-                lines.watch(0.002 if missing else 0.0)
-        except RuntimeError as error:  # torch's own errors of the store
-            lost = PeerLost(f"the store that the ranks meet through is gone: {str(error).splitlines()[0]}")
-            lines.close(lost)
-            raise lost from error
-        except PeerLost as error:
-            lines.close(error)
-            raise
-    return lines
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
-def _arrivals(lines: Lines, door: socket.socket, card: bytes, missing: set[int]) -> set[int]:
-    """Those of higher rank who have come to the door and shown its word; others are sent away."""
-    try:
-        line, _ = door.accept()
-    except BlockingIOError:
-        return set()
-    line.settimeout(1.0)
-    try:
-        shown, rank = _CARD.unpack(line.recv(_CARD.size, socket.MSG_WAITALL))
-    except (OSError, struct.error):
-        line.close()
-        return set()
-    if shown != card or rank not in missing:
-        line.close()
-        return set()
-    lines.add(rank, line)
-    return {rank}
-
-
-def _visits(lines: Lines, store: Store, rank: int, missing: set[int]) -> set[int]:
-    """Those of lower rank whose door is known by now, and open."""
-    met = set()
-    for other in sorted(missing):
-        if other > rank or not store.check([f"lines/{other}"]):
-            continue
-        word, port, host = store.get(f"lines/{other}").decode().split(" ", 2)
-        try:
-            line = socket.create_connection((host, int(port)), timeout=1.0)
-            line.sendall(_CARD.pack(bytes.fromhex(word), rank))
-        except OSError:
-            continue  # its machine may be slow; if it has died, the end of the wait says so
-        lines.add(other, line)
-        met.add(other)
-    return met

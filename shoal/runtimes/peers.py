@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal.errors import NonFiniteError
-from shoal.runtimes.lines import TIMEOUT, Lines, meet
+from shoal.runtimes.lines import TIMEOUT, Lines
+from shoal.runtimes.meeting import meet
 from shoal.runtimes.signals import ALL, BARRIER, FAULT, HELLO, SWAP, Signal, fault, judge, table
 from shoal.wire import digest
 
