@@ -21,6 +21,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -207,8 +208,11 @@ class Handle:
             raise NonFiniteError(f"step {job.step}: the mean overflows float32 when scaled by {job.scale:g}.")
 
     def _gathered(self, job: Job, parts: list[Part]) -> Vector:
-        """These parameters' gradients, without AMP's scale."""
-        whole = torch.cat([job.host[p.lo : p.hi] for p in parts]) if parts else job.host[:0]
+        """These parameters' gradients, without AMP's scale; in place where they stand side by side."""
+        if all(a.hi == b.lo for a, b in pairwise(parts)):
+            whole = job.host[parts[0].lo : parts[-1].hi] if parts else job.host[:0]
+        else:
+            whole = torch.cat([job.host[p.lo : p.hi] for p in parts])
         return whole if job.scale is None else whole / job.scale
 
     def _put(self, job: Job, parts: list[Part], mean: Vector) -> None:
