@@ -17,7 +17,7 @@ from torch import Tensor
 from shoal import kernels
 from shoal.errors import LengthError, PayloadError
 from shoal.kernels.reference.sums_of_codes import packed_bytes
-from shoal.messages import Messages, Vector, as_bytes, finite_floats
+from shoal.messages import Messages, Vector, as_bytes, finite_floats, joined
 
 MOST = 1 << 16  # different sums of codes: from there on they would take half as much as a float32
 
@@ -85,7 +85,7 @@ class Slices:
         head = self.head if hi > lo else 0
         first = self.head + lo // self.grain * self.size
         codes = msgs.payload[:, first : first + self.length(lo, hi) - head]
-        part = torch.cat([msgs.payload[:, :head], codes], 1) if head else codes
+        part = joined(msgs.payload[:, :head], codes) if head else codes
         return Messages(part, torch.full_like(msgs.nbytes, part.shape[1]), msgs.slots, hi - lo)
 
     @property

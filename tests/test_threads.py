@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from numba import njit
 from torch import Tensor
 
 from shoal import kernels
 from shoal.compressors import Independent
 from shoal.kernels import Draw, cpu, reference
-from shoal.kernels.cpu import bits
-from shoal.kernels.cpu.threads import LEAST, spread
+from shoal.kernels.cpu import bits, threads
+from shoal.kernels.cpu.threads import LEAST, PIECES, spread
 from shoal.messages import Round
 
 D = 2 * LEAST + 777  # the least that two threads share, and the end of a tile, a block of words and a byte
@@ -94,30 +98,93 @@ def test_counted_means(m, cohort, d):
     assert out.tobytes() == mean.tobytes()
 
 
+@njit
+def note(seen, lo, hi):
+    """Where a range begins, how long it is; and one more for every coordinate."""
+    seen[0, lo] = hi - lo
+    for j in range(lo, hi):
+        seen[1, j] += 1
+
+
+@njit
+def odd_one(x, lo, hi):
+    """Whether a number in lo..hi-1 is not 0. Raises where one is below 0, with what is done before it."""
+    found = False
+    for j in range(lo, hi):
+        if x[j] < 0:
+            raise ValueError("a number below 0")
+        found |= x[j] > 0
+        x[j] = 7
+    return found
+
+
 def test_ranges_cover_everything_once(three_threads):
-    for size in (0, 1, 99, 100, 1000, 1001, 1023, 1024, 3000):
-        seen: list[tuple[int, int]] = []
-        spread(lambda lo, hi, seen=seen: seen.append((lo, hi)), size, 64, 100)
-        seen.sort()
-        assert [lo for lo, _ in seen] == [0, *(hi for _, hi in seen[:-1])]
-        assert seen[-1][1] == size
-        assert all((hi - lo) % 64 == 0 for lo, hi in seen[:-1])
-        assert len(seen) <= 3
+    for size in (1, 99, 100, 1000, 1001, 1023, 1024, 3000):
+        seen = np.zeros((2, size), np.int64)
+        spread(note, (seen,), size, 64, 100)
+        assert (seen[1] == 1).all()
+        starts = np.flatnonzero(seen[0])
+        assert all(length % 64 == 0 for length in seen[0, starts[:-1]])
+        assert len(starts) == 1 if size < 200 else 1 < len(starts) <= 3 * PIECES
 
 
-@pytest.mark.parametrize("where", [0, 1000])
-def test_an_error_in_a_share_reaches_the_caller(where, three_threads):
-    """Whichever thread it comes from, and only once all of them have finished."""
-    finished = []
+@pytest.mark.parametrize("where", [0, 1000, 1499])
+def test_what_a_range_finds_reaches_the_caller(where, three_threads):
+    """Whichever thread it comes from: a True, or an exception, and that only once all ranges have been dealt with."""
+    for least in (100, 1500):
+        x = np.zeros(1500)
+        assert spread(odd_one, (x,), 1500, 1, least) is False
+        x[:] = 0
+        x[where] = 1
+        assert spread(odd_one, (x,), 1500, 1, least) is True
+    x[:] = 0
+    x[where] = -1
+    with pytest.raises(ValueError, match="below 0"):
+        spread(odd_one, (x,), 1500, 1, 100)
+    assert 1500 - np.count_nonzero(x == 7) <= 125 == 1500 // (3 * PIECES)
+    assert spread(odd_one, (np.zeros(1500),), 1500, 1, 100) is False
 
-    def work(lo: int, hi: int) -> None:
-        if lo <= where < hi:
-            raise ValueError("here")
-        finished.append(lo)
 
-    with pytest.raises(ValueError, match="here"):
-        spread(work, 1500, 1, 100)
-    assert len(finished) == 2
+def test_a_task_is_given_up_by_none(three_threads):
+    """Many small tasks one after the other, and from several callers: each is whole when `spread` returns."""
+
+    def caller(wrong: list[int]) -> None:
+        for size in range(200, 700):
+            seen = np.zeros((2, size), np.int64)
+            spread(note, (seen,), size, 1, 1)
+            wrong.extend([size] * int((seen[1] != 1).any()))
+
+    wrong: list[int] = []
+    callers = [threading.Thread(target=caller, args=(wrong,)) for _ in range(4)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join()
+    assert wrong == []
+
+
+def test_nobody_watches_an_empty_board_for_long(three_threads):
+    """Threads that have nothing to do sleep: an idle process takes no CPU time. And they wake up again."""
+    encoded()
+    deadline = time.monotonic() + 5.0
+    while len(threads._crew.asleep) < threads._crew.size and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(threads._crew.asleep) == threads._crew.size > 0
+    before = time.process_time()
+    time.sleep(0.1)
+    assert time.process_time() - before < 0.05
+    assert encoded() == encoded()
+
+
+def test_an_interpreter_ends_while_threads_watch():
+    """Right after a task, with threads that still look for the next."""
+    code = (
+        "import numpy as np, torch\ntorch.set_num_threads(3)\n"
+        "from shoal.kernels.cpu.buffers import copied\nfrom shoal.kernels.cpu.threads import spread\n"
+        "x = np.zeros(10**6, np.float32)\nspread(copied, (x + 1, x), x.size)\nassert (x == 1).all()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def encoded(d: int = D) -> bytes:

@@ -21,7 +21,7 @@ from shoal.compressors.dither import read_scale
 from shoal.compressors.lloyd import POINTS
 from shoal.compressors.rotation import Conditional, checked_norms, padded, rotate_back, sign_draws
 from shoal.errors import ConfigError
-from shoal.messages import FLOAT_MAX, Messages, Round, Rows, as_bytes, checked_rows, largest, shaped_rows
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, as_bytes, checked_rows, joined, largest, shaped_rows
 from shoal.theory import AB, independent
 
 SMALLEST = 64  # padded dimension from which on the numerical omega was measured and not exceeded
@@ -107,7 +107,7 @@ class Turned(Conditional):
             sent, along, square = self._pointed(u, D, rnd)
         fit = along / D if self._least else square / along
         scale = torch.where(along > 0, fit, 0.0).float()
-        return Messages.of(torch.cat([as_bytes(scale[:, None]), *sent], 1), rnd, u.shape[1])
+        return Messages.of(joined(as_bytes(scale[:, None]), *sent), rnd, u.shape[1])
 
     def _pointed(self, u: Rows, D: int, rnd: Round) -> tuple[list[Tensor], Tensor, Tensor]:
         """The parts' bytes, and for the scale (m,) float64 <y, q> and ||u_i||^2, or what stands for it."""

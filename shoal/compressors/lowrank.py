@@ -17,7 +17,7 @@ from shoal import kernels, rng
 from shoal.compressors.rotation import checked_norms
 from shoal.core import Compressor
 from shoal.errors import ConfigError, PayloadError
-from shoal.messages import FLOAT_MAX, Messages, Round, Rows, as_bytes, as_floats, checked_rows
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, as_bytes, as_floats, checked_rows, joined
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class LowRank(Compressor):
         u = torch.nn.functional.pad(checked_norms(u, rnd, 2.0), (0, a * b - d)).reshape(-1, a, b)
         tall = u if a >= b else u.transpose(1, 2).contiguous()
         left, right = kernels.of(u).low_rank(tall, self._start(rnd, min(a, b)))
-        return Messages.of(torch.cat([as_bytes(left.flatten(1)), as_bytes(right.flatten(1))], 1), rnd, d)
+        return Messages.of(joined(as_bytes(left.flatten(1)), as_bytes(right.flatten(1))), rnd, d)
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         a, b = self.sides(msgs.d)

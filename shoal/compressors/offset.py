@@ -19,7 +19,7 @@ from shoal.compressors.dither import checked_scale, read_scale
 from shoal.compressors.strata import supremum_max, supremum_norm
 from shoal.core import Compressor
 from shoal.errors import ConfigError, PayloadError
-from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, as_bytes, largest, measured_rows
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, as_bytes, joined, largest, measured_rows
 from shoal.slices import Slices
 from shoal.theory import AB
 
@@ -146,7 +146,7 @@ class CorrelatedOffset(Compressor):
         code = ops.encode_strata(
             u, r, private, ties, self.levels, n, place, shifts, self.steps(n), self._offsets(d, rnd)
         )
-        return Messages.of(code if self.agrees else torch.cat([as_bytes(r[:, None]), code], 1), rnd, d)
+        return Messages.of(code if self.agrees else joined(as_bytes(r[:, None]), code), rnd, d)
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         code, r = self._read(msgs, rnd)

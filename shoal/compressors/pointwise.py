@@ -18,7 +18,7 @@ from shoal import kernels, rng
 from shoal.compressors.dither import ScaledCodes, normed_rows, read_scale
 from shoal.core import Compressor, Unbiased
 from shoal.errors import ConfigError, PayloadError
-from shoal.messages import Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats, measured_rows
+from shoal.messages import Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats, joined, measured_rows
 from shoal.slices import Slices
 
 
@@ -110,7 +110,7 @@ class Sign(Compressor):
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u = checked_rows(u, rnd)
         ops = kernels.of(u)
-        return Messages.of(torch.cat([as_bytes(ops.mean_abs(u)[:, None]), ops.sign_bits(u)], 1), rnd, u.shape[1])
+        return Messages.of(joined(as_bytes(ops.mean_abs(u)[:, None]), ops.sign_bits(u)), rnd, u.shape[1])
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         payload = msgs.checked(self.capacity(rnd.cohort, msgs.d))

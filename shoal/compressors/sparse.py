@@ -16,7 +16,7 @@ from shoal import kernels, rng
 from shoal.compressors.blocks import Listed
 from shoal.core import Compressor, Unbiased
 from shoal.errors import ConfigError, PayloadError
-from shoal.messages import Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats, largest
+from shoal.messages import Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats, joined, largest
 
 
 def checked_k(k: int | float, name: str) -> None:
@@ -133,7 +133,7 @@ class TopK(Compressor):
         k = kept(self.k, d, "TopK")
         index = ops.topk(u, k)
         values = ops.gather(u, index.reshape(-1), uniform_pointer(u, k), k)
-        return Messages.of(torch.cat([as_bytes(values), ops.pack(index, (d - 1).bit_length())], 1), rnd, d)
+        return Messages.of(joined(as_bytes(values), ops.pack(index, (d - 1).bit_length())), rnd, d)
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         values, index, pointer = self._read(msgs, rnd)

@@ -110,12 +110,10 @@ def beside_copy(call: Callable[[], Any], floats: int, repeat: int, *, wall: bool
     source, target = np.ones(floats, np.float32), np.ones(floats, np.float32)
     if not wall:
         return beside(call, lambda: np.copyto(target, source), repeat)
-    from shoal.kernels.cpu.threads import spread  # without compiled kernels there is but one thread
+    from shoal.kernels.cpu.buffers import copied  # without compiled kernels there is but one thread
+    from shoal.kernels.cpu.threads import spread
 
-    def copy() -> None:
-        spread(lambda lo, hi: np.copyto(target[lo:hi], source[lo:hi]), floats, 1024)
-
-    return beside(call, copy, repeat, wall=True)
+    return beside(call, lambda: spread(copied, (source, target), floats, 1024), repeat, wall=True)
 
 
 def normal_rows(m: int, d: int, seed: int) -> torch.Tensor:

@@ -75,8 +75,9 @@ def _regularizer(table, R, lam, shared, unit):
 
 
 @njit(cache=True, nogil=True)
-def gradients(by_rows, by_columns, spans, squares, blocks, x, weight, lam, values, rows, unit):
-    """values[i], rows[i] = f_i + (lam / 2) ||D E - I||^2 and its gradient, for the clients blocks[i].
+def gradients(by_rows, by_columns, spans, squares, blocks, x, weight, lam, values, rows, unit, lo, hi):
+    """values[i], rows[i] = f_i + (lam / 2) ||D E - I||^2 and its gradient, for the clients blocks[i],
+    i in lo..hi-1.
 
     by_rows = (data, index, indptr): the rows a, of client b those from spans[b] to spans[b + 1]. by_columns = (data,
     row within the client, indptr): entry b p + j of indptr begins column j of client b. squares[b] = sum a'a over its
@@ -90,13 +91,14 @@ def gradients(by_rows, by_columns, spans, squares, blocks, x, weight, lam, value
     _fill(table, x, unit)
     R, shared = _inner(table, table, r, unit), np.empty((p, 2 * r))
     regularizer = _regularizer(table, R, lam, shared, unit)
-    T, S, line, side = np.empty((_longest(spans, blocks), 2 * r)), np.empty((r, r)), np.empty(2 * r), np.empty(r)
-    for i in range(blocks.size):
+    longest = _longest(spans, blocks[lo:hi])
+    T, S, line, side = np.empty((longest, 2 * r)), np.empty((r, r)), np.empty(2 * r), np.empty(r)
+    for i in range(lo, hi):
         first, total = spans[blocks[i]], squares[blocks[i]]
         S[:] = 0.0
         for row in range(first, spans[blocks[i] + 1]):
-            lo, hi, t = indptr[row], indptr[row + 1], T[row - first]
-            gathered(data, index, lo, hi, table, t, unit)  # z and y
+            start, end, t = indptr[row], indptr[row + 1], T[row - first]
+            gathered(data, index, start, end, table, t, unit)  # z and y
             times(t, 0, R, side, unit)
             for a in range(r):
                 v = t[a]
@@ -115,8 +117,8 @@ def gradients(by_rows, by_columns, spans, squares, blocks, x, weight, lam, value
 
 
 @njit(cache=True, nogil=True)
-def products(by_rows, by_columns, spans, blocks, x, V, weight, lam, rows, unit):
-    """rows[i] = Hessian of client blocks[i] at x, times V[i] (or V[0], where V has one row); all of it float64.
+def products(by_rows, by_columns, spans, blocks, x, V, weight, lam, rows, unit, lo, hi):
+    """rows[i] = Hessian of client blocks[i] at x, times V[i] (or V[0], where V is one row), i in lo..hi-1: all float64.
 
     With a dot for the derivative along V: dot grad_D / (2 weight) = dD sum z z' + D sum (dz z' + z dz') - sum a dz' and
     dot grad_E / (2 weight) = sum (dR z + R dz - dy) a'; the regularizer's part is the same with columns of I for a.
@@ -128,19 +130,19 @@ def products(by_rows, by_columns, spans, blocks, x, V, weight, lam, rows, unit):
     table, moving = np.empty((p, 2 * r), np.float32), np.empty((p, 2 * r))
     _fill(table, x, unit)
     R, Q = _inner(table, table, r, unit), _inner(table, table, 0, unit)
-    T, z = np.empty((_longest(spans, blocks), 2 * r)), np.empty(2 * r)
+    T, z = np.empty((_longest(spans, blocks[lo:hi]), 2 * r)), np.empty(2 * r)
     line, side, other = np.empty(2 * r), np.empty(r), np.empty(r)
     half = 0.5 * lam / weight
-    for i in range(blocks.size):
+    for i in range(lo, hi):
         _fill(moving, V[i if len(V) > 1 else 0], unit)
         dR, dQ = _inner(moving, table, r, unit), _inner(moving, table, 0, unit)
         dR, dQ = dR + dR.T, dQ + dQ.T
         S, U = half * Q, half * dQ
         first = spans[blocks[i]]
         for row in range(first, spans[blocks[i] + 1]):
-            lo, hi, t = indptr[row], indptr[row + 1], T[row - first]
-            gathered(data, index, lo, hi, table, z, unit)
-            gathered(data, index, lo, hi, moving, t, unit)
+            start, end, t = indptr[row], indptr[row + 1], T[row - first]
+            gathered(data, index, start, end, table, z, unit)
+            gathered(data, index, start, end, moving, t, unit)
             times(z, 0, dR, side, unit)
             times(t, 0, R, other, unit)
             for a in range(r):

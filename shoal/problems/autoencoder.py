@@ -116,13 +116,8 @@ class Autoencoder(Problem):
         hosting.point(x, self.d)
         blocks, where = np.unique(self._which[slots], return_inverse=True)
         values, rows = np.empty(len(blocks)), np.empty((len(blocks), self.d), np.float32)
-        z = x.detach().numpy()
-
-        def some(lo: int, hi: int) -> None:
-            held = self._squares, blocks[lo:hi], z, self._weight, self.lam, values[lo:hi], rows[lo:hi]
-            kernels.gradients(*self._data, *held, self._unit)
-
-        spread(some, len(blocks), least=max(1, LEAST // self.d))
+        held = (self._squares, blocks, x.detach().numpy(), self._weight, self.lam, values, rows, self._unit)
+        spread(kernels.gradients, (*self._data, *held), len(blocks), least=LEAST // self.d, pieces=1)
         if not np.array_equal(where, np.arange(len(blocks))):
             values, rows = values[where], rows[where]
         return torch.from_numpy(values), torch.from_numpy(rows)
@@ -136,13 +131,8 @@ class Autoencoder(Problem):
             blocks, where = np.unique(blocks, return_inverse=True)
         rows = np.empty((len(blocks), self.d))
         V = v.reshape(-1, self.d).contiguous().numpy()
-        z = x.detach().numpy()
-
-        def some(lo: int, hi: int) -> None:
-            held = blocks[lo:hi], z, V if len(V) == 1 else V[lo:hi], self._weight, self.lam, rows[lo:hi]
-            kernels.products(*self._data, *held, self._unit)
-
-        spread(some, len(blocks), least=max(1, LEAST // self.d))
+        args = (*self._data, blocks, x.detach().numpy(), V, self._weight, self.lam, rows, self._unit)
+        spread(kernels.products, args, len(blocks), least=LEAST // self.d, pieces=1)
         return torch.from_numpy(rows if np.array_equal(where, np.arange(len(blocks))) else rows[where])
 
     def smoothness(self) -> Smoothness:

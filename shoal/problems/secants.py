@@ -58,15 +58,8 @@ class Secant:
             # Relative to the first client's D: a spread does not care, and what is common to all cancels exactly.
             self._sums[0] = after[0].double().numpy() - before[0].double().numpy()
         self._n += len(before)
-        rows = before.contiguous().numpy(), after.contiguous().numpy()
-        least = max(1, LEAST // len(before))
-        origin, moved, squares, sizes = self._sums
-        spread(
-            lambda lo, hi: kernels.add(*rows, origin, moved, squares, sizes, lo, hi),
-            self._sums.shape[1],
-            kernels.BLOCK,
-            least,
-        )
+        args = (before.contiguous().numpy(), after.contiguous().numpy(), *self._sums)
+        spread(kernels.add, args, self._sums.shape[1], kernels.BLOCK, LEAST // len(before))
 
     def seen(self) -> Seen | None:
         """What was seen; None where the points say nothing: equal, not finite, or too near for float32 gradients."""

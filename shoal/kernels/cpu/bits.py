@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,9 +106,16 @@ def _row(x, r, strata, spot, shift, at, private, tie, out, pad, sent):
         end[end.size - 1] &= np.uint8((1 << (rest % 8)) - 1)
 
 
+@njit(inline="always")
+def part(rows, long, lo, hi):
+    """(lo, hi, first, last): coordinates lo..hi-1 of all rows if they are `long`, else all of rows lo..hi-1."""
+    return (lo, hi, 0, rows.shape[0]) if long else (0, rows.shape[1], lo, hi)
+
+
 @njit(cache=True, nogil=True)
-def _encode_bits(u, r, out, start, slots, key, tie, strata, place, given, shared, lo, hi, first, last):
-    """Rows first..last-1, coordinates lo..hi-1. Tile by tile, so that shared shifts are drawn once for all rows."""
+def _encode_bits(u, r, out, start, slots, key, tie, strata, place, given, shared, long, lo, hi):
+    """A part as `part` has it. Tile by tile, so that shared shifts are drawn once for all rows."""
+    lo, hi, first, last = part(u, long, lo, hi)
     index, stream, k0, k1 = key
     shift = np.zeros(WIDE if strata > 1 else 1, np.int32)
     pad, sent = np.zeros(256, np.float32), np.zeros(32, np.uint8)
@@ -147,7 +154,7 @@ def encode_bits(
         u.numpy(), scales, out, start, private.slots.numpy(), key(private), np.uint64(tie.stream), strata,
         place.numpy(), given, shared,
     )  # fmt: skip
-    share(lambda *part: _encode_bits(*args, *part), m, d)
+    share(_encode_bits, args, m, d)
     return torch.from_numpy(out)
 
 
@@ -155,12 +162,12 @@ NO_SHIFTS = np.zeros(0, np.int32)
 NO_DRAW = (np.uint64(0),) * 5
 
 
-def share(work: Callable[[int, int, int, int], object], m: int, d: int) -> None:
-    """work(lo, hi, first, last) for parts of m rows of d coordinates: tiles of long rows, else rows."""
+def share(kernel: Any, args: tuple[Any, ...], m: int, d: int) -> None:
+    """kernel(*args, long, lo, hi) for parts of m rows of d coordinates: tiles of rows that are `long`, else rows."""
     if d < 2 * LEAST:
-        spread(lambda first, last: work(0, d, first, last), m, 1, max(1, LEAST // d))
+        spread(kernel, (*args, False), m, least=LEAST // d)
     else:
-        spread(lambda lo, hi: work(lo, hi, 0, m), d, TILE)
+        spread(kernel, (*args, True), d, TILE)
 
 
 def _rows(payload: Tensor) -> np.ndarray:
@@ -169,7 +176,8 @@ def _rows(payload: Tensor) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def _decode_bits(payload, r, out, lo, hi, first, last):
+def _decode_bits(payload, r, out, long, lo, hi):
+    lo, hi, first, last = part(out, long, lo, hi)
     for i in range(first, last):
         row, values = payload[i], out[i]
         whole = lo + (hi - lo) // 64 * 64
@@ -182,8 +190,7 @@ def _decode_bits(payload, r, out, lo, hi, first, last):
 def decode_bits(payload: Tensor, r: Tensor, d: int) -> Tensor:
     m = len(payload)
     values = ready((m, d), np.float32)
-    args = (_rows(payload), r.numpy(), values)
-    share(lambda *part: _decode_bits(*args, *part), m, d)
+    share(_decode_bits, (_rows(payload), r.numpy(), values), m, d)
     return torch.from_numpy(values)
 
 
@@ -286,10 +293,10 @@ def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int) -> Tensor:
     if len(scales) and scales[0] > 0 and (scales == scales[0]).all():
         one = float(scales[0])
         if len(scales) <= MOST_COUNTED:
-            spread(lambda lo, hi: _few_bits(rows, one, cohort, mean, lo, hi), d, TILE, least)
+            spread(_few_bits, (rows, one, cohort, mean), d, TILE, least)
             return torch.from_numpy(mean)
         factor = _factor(one, len(scales), cohort)
-        spread(lambda lo, hi: _count_bits(rows, one, factor, cohort, mean, lo, hi), d, TILE, least)
+        spread(_count_bits, (rows, one, factor, cohort, mean), d, TILE, least)
     else:
-        spread(lambda lo, hi: _mean_bits(rows, scales, mean, cohort, lo, hi), d, TILE, least)
+        spread(_mean_bits, (rows, scales, mean, cohort), d, TILE, least)
     return torch.from_numpy(mean)

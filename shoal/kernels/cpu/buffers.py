@@ -12,6 +12,9 @@ import threading
 from sys import getrefcount
 
 import numpy as np
+from numba import njit
+
+from shoal.kernels.cpu.vectors import move
 
 LARGE = 1 << 20  # bytes from which on fresh pages matter
 KEPT = 1 << 28  # bytes in all
@@ -66,3 +69,9 @@ def _aligned(array: np.ndarray, nbytes: int) -> np.ndarray:
     """From the first whole line of the cache on: else every wide register that is stored would touch two lines."""
     first = -array.__array_interface__["data"][0] % LINE
     return array[first : first + nbytes]
+
+
+@njit(cache=True, nogil=True)
+def copied(source, target, lo, hi):
+    """target[lo:hi] = source[lo:hi]: the yardstick of benchmarks on several threads."""
+    move(source, target, lo, hi - lo)

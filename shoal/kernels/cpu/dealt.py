@@ -51,7 +51,7 @@ def dealt_lengths(draw: Draw, part: Tensor, parts: int, d: int) -> Tensor:
 
 
 @njit(cache=True, nogil=True)
-def _gather(u, out, part, parts, lo, hi, slot, index, stream, k0, k1):
+def _gather(u, out, part, parts, slot, index, stream, k0, k1, lo, hi):
     d, width = u.shape[1], out.shape[1]
     drawn, shifts = np.empty(TILE, np.uint32), np.empty(TILE, np.int64)
     for start in range(lo, hi, TILE):
@@ -69,13 +69,12 @@ def _gather(u, out, part, parts, lo, hi, slot, index, stream, k0, k1):
 
 def gather_dealt(u: Tensor, draw: Draw, part: Tensor, parts: int, width: int) -> Tensor:
     out = ready((len(u), width), np.float32)
-    rows, parts_of, drawn = u.numpy(), part.numpy(), shared_key(draw)
-    _blocks(lambda lo, hi: _gather(rows, out, parts_of, parts, lo, hi, *drawn), u.shape[1], parts)
+    _blocks(_gather, (u.numpy(), out, part.numpy(), parts, *shared_key(draw)), u.shape[1], parts)
     return torch.from_numpy(out)
 
 
 @njit(cache=True, nogil=True)
-def _scatter(values, out, part, parts, scale, lo, hi, slot, index, stream, k0, k1):
+def _scatter(values, out, part, parts, scale, slot, index, stream, k0, k1, lo, hi):
     d, step = out.shape[1], max(1, CHUNK // parts)
     drawn, shifts = np.empty(TILE, np.uint32), np.empty(TILE, np.int64)
     for start in range(lo, hi, TILE):
@@ -99,13 +98,12 @@ def _scatter(values, out, part, parts, scale, lo, hi, slot, index, stream, k0, k
 
 def scatter_dealt(values: Tensor, draw: Draw, part: Tensor, parts: int, d: int, scale: float) -> Tensor:
     out = ready((len(values), d), np.float32)
-    rows, parts_of, drawn = values.numpy(), part.numpy(), shared_key(draw)
-    _blocks(lambda lo, hi: _scatter(rows, out, parts_of, parts, float(scale), lo, hi, *drawn), d, parts)
+    _blocks(_scatter, (values.numpy(), out, part.numpy(), parts, float(scale), *shared_key(draw)), d, parts)
     return torch.from_numpy(out)
 
 
 @njit(cache=True, nogil=True)
-def _mean(values, out, part, parts, scale, cohort, lo, hi, slot, index, stream, k0, k1):
+def _mean(values, out, part, parts, scale, cohort, slot, index, stream, k0, k1, lo, hi):
     d, step = out.size, max(16, CHUNK // parts)
     drawn, shifts = np.empty(TILE, np.uint32), np.empty(TILE, np.int64)
     held = np.empty(min(step, hi - lo) * parts)
@@ -132,11 +130,10 @@ def _mean(values, out, part, parts, scale, cohort, lo, hi, slot, index, stream, 
 
 def mean_dealt(values: Tensor, draw: Draw, part: Tensor, parts: int, d: int, scale: float, cohort: int) -> Tensor:
     out = ready(d, np.float32)
-    rows, parts_of, drawn = values.numpy(), part.numpy(), shared_key(draw)
-    _blocks(lambda lo, hi: _mean(rows, out, parts_of, parts, float(scale), cohort, lo, hi, *drawn), d, parts)
+    _blocks(_mean, (values.numpy(), out, part.numpy(), parts, float(scale), cohort, *shared_key(draw)), d, parts)
     return torch.from_numpy(out)
 
 
-def _blocks(work: Any, d: int, parts: int) -> None:
+def _blocks(kernel: Any, args: tuple[Any, ...], d: int, parts: int) -> None:
     """Spread the blocks, the last of them perhaps cut short, in ranges that begin with a tile."""
-    spread(work, -(-d // parts), unit=TILE, least=max(1, LEAST // parts))
+    spread(kernel, args, -(-d // parts), unit=TILE, least=LEAST // parts)

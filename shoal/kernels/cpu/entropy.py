@@ -74,7 +74,7 @@ def _encode(code, out, nbytes, levels, width, first, last):
 def encode_entropy(code: Tensor, levels: int, limit: int) -> tuple[Tensor, Tensor]:
     m, d = code.shape
     out, nbytes, rows = np.zeros((m, limit), np.uint8), np.empty(m, np.int64), code.numpy()
-    spread(lambda lo, hi: _encode(rows, out, nbytes, levels, state_bytes(d), lo, hi), m, least=LEAST // d)
+    spread(_encode, (rows, out, nbytes, levels, state_bytes(d)), m, least=LEAST // d)
     return torch.from_numpy(out), torch.from_numpy(nbytes)
 
 
@@ -167,5 +167,5 @@ def decode_entropy(payload: Tensor, nbytes: Tensor, d: int, levels: int) -> tupl
     m = len(payload)
     out, good = np.zeros((m, d), np.int64), np.zeros(m, np.bool_)
     rows, sizes = payload.contiguous().numpy(), nbytes.contiguous().numpy()
-    spread(lambda lo, hi: _decode(rows, sizes, out, good, levels, state_bytes(d), lo, hi), m, least=LEAST // d)
+    spread(_decode, (rows, sizes, out, good, levels, state_bytes(d)), m, least=LEAST // d)
     return torch.from_numpy(out), torch.from_numpy(good)

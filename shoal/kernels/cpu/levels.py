@@ -118,7 +118,7 @@ def _encoded(
     index, stream, k0, k1 = key(private)
     head = (u.numpy(), r.numpy(), out, start, private.slots.numpy(), index, stream, np.uint64(tie.stream), k0, k1)
     tail = (levels, strata, place, shifts, bits)
-    spread(lambda low, high: _encode_levels(*head, *tail, low, high), m * -(-d // SPAN), least=LEAST // SPAN)
+    spread(_encode_levels, (*head, *tail), m * -(-d // SPAN), least=LEAST // SPAN)
     return torch.from_numpy(out)
 
 

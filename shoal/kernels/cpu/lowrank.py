@@ -61,8 +61,8 @@ def _low_rank(u, start, left, right, first, last):
 def low_rank(u: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     (m, a, b), rank = u.shape, start.shape[2]
     left, right = np.empty((m, a, rank), np.float32), np.empty((m, b, rank), np.float32)
-    x, g = u.contiguous().numpy(), start.contiguous().numpy()
-    spread(lambda lo, hi: _low_rank(x, g, left, right, lo, hi), m, least=LEAST // (a * b))
+    args = (u.contiguous().numpy(), start.contiguous().numpy(), left, right)
+    spread(_low_rank, args, m, least=LEAST // (a * b))
     return torch.from_numpy(left), torch.from_numpy(right)
 
 
@@ -79,6 +79,6 @@ def _outer(left, right, out, first, last):
 
 def outer(left: Tensor, right: Tensor) -> Tensor:
     m, a, b = len(left), left.shape[1], right.shape[1]
-    out, p, q = np.empty((m, a, b), np.float32), left.contiguous().numpy(), right.contiguous().numpy()
-    spread(lambda lo, hi: _outer(p, q, out, lo, hi), m, least=LEAST // (a * b))
+    out = np.empty((m, a, b), np.float32)
+    spread(_outer, (left.contiguous().numpy(), right.contiguous().numpy(), out), m, least=LEAST // (a * b))
     return torch.from_numpy(out)

@@ -139,8 +139,8 @@ def _below(out, slots, index, stream, k0, k1, n, lo, hi):
 
 def word_rows(draw: Draw, d: int) -> np.ndarray:
     """`words`, for other kernels."""
-    out, slots, keys = ready((len(draw.slots), d), np.uint32), draw.slots.numpy(), key(draw)
-    spread(lambda lo, hi: _words(out, slots, *keys, lo, hi), d, TILE)
+    out = ready((len(draw.slots), d), np.uint32)
+    spread(_words, (out, draw.slots.numpy(), *key(draw)), d, TILE)
     return out
 
 
@@ -155,8 +155,8 @@ def halves(draw: Draw, d: int) -> Tensor:
 
 
 def below(draw: Draw, d: int, n: int) -> Tensor:
-    out, slots, keys = ready((len(draw.slots), d), np.int32), draw.slots.numpy(), key(draw)
-    spread(lambda lo, hi: _below(out, slots, *keys, n, lo, hi), d, TILE)
+    out = ready((len(draw.slots), d), np.int32)
+    spread(_below, (out, draw.slots.numpy(), *key(draw), n), d, TILE)
     return torch.from_numpy(out)
 
 

@@ -41,9 +41,9 @@ def _signs(y, code, sums, lo, hi):
 
 
 def encode_signs(y: Tensor) -> tuple[Tensor, Tensor]:
-    (m, d), rows = y.shape, y.numpy()
+    m, d = y.shape
     code, sums = np.empty((m, -(-d // 8)), np.uint8), np.empty((m, -(-d // SUM_BLOCK)))
-    spread(lambda lo, hi: _signs(rows, code, sums.reshape(-1), lo, hi), sums.size, 1, max(1, LEAST // SUM_BLOCK))
+    spread(_signs, (y.numpy(), code, sums.reshape(-1)), sums.size, least=LEAST // SUM_BLOCK)
     return torch.from_numpy(code), torch.from_numpy(add_pieces(sums))
 
 
@@ -102,15 +102,11 @@ def _points(y, factor, edges, table, bits, out, sums, lo, hi):
 
 
 def encode_points(y: Tensor, factor: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    (m, d), rows, points, bits = y.shape, y.numpy(), table.numpy(), (len(table) - 1).bit_length()
-    edges, scale = (points[1:].astype(np.float64) + points[:-1]) / 2, factor.numpy()
+    (m, d), points, bits = y.shape, table.numpy(), (len(table) - 1).bit_length()
+    edges = (points[1:].astype(np.float64) + points[:-1]) / 2
     out, sums = ready((m, (d * bits + 7) // 8), np.uint8), np.empty((m, -(-d // SUM_BLOCK)))
-    spread(
-        lambda lo, hi: _points(rows, scale, edges, points, bits, out, sums.reshape(-1), lo, hi),
-        sums.size,
-        1,
-        max(1, LEAST // SUM_BLOCK),
-    )
+    args = (y.numpy(), factor.numpy(), edges, points, bits, out, sums.reshape(-1))
+    spread(_points, args, sums.size, least=LEAST // SUM_BLOCK)
     return torch.from_numpy(out), torch.from_numpy(add_pieces(sums))
 
 
@@ -131,6 +127,6 @@ def _decode(payload, scale, table, bits, out, lo, hi):
 
 def decode_points(payload: Tensor, scale: Tensor, table: Tensor, d: int) -> Tensor:
     out, bits = ready((len(payload), d), np.float32), (len(table) - 1).bit_length()
-    sent, r, points = payload.numpy(), scale.numpy(), table.numpy()
-    spread(lambda lo, hi: _decode(sent, r, points, bits, out, lo, hi), d, 8, max(1, LEAST // max(1, len(out))))
+    args = (payload.numpy(), scale.numpy(), table.numpy(), bits, out)
+    spread(_decode, args, d, 8, LEAST // max(1, len(out)))
     return torch.from_numpy(out)

@@ -34,9 +34,8 @@ def _abs_sums(u, blocks, out, lo, hi):
 
 
 def mean_abs(u: Tensor) -> Tensor:
-    rows = u.numpy()
-    sums = block_sums(lambda *part: _abs_sums(rows, *part), *rows.shape)
-    return torch.from_numpy((np.add.accumulate(sums, axis=1)[:, -1] / rows.shape[1]).astype(np.float32))
+    sums = block_sums(_abs_sums, u.numpy())
+    return torch.from_numpy((np.add.accumulate(sums, axis=1)[:, -1] / u.shape[1]).astype(np.float32))
 
 
 @njit(cache=True, nogil=True)
@@ -54,9 +53,9 @@ def _sign_bits(u, out, low, high):
 
 
 def sign_bits(u: Tensor) -> Tensor:
-    (m, d), x = u.shape, u.numpy()
+    m, d = u.shape
     out = np.empty((m, (d + 7) // 8), np.uint8)
-    spread(lambda low, high: _sign_bits(x, out, low, high), m * -(-d // SPAN), least=LEAST // SPAN)
+    spread(_sign_bits, (u.numpy(), out), m * -(-d // SPAN), least=LEAST // SPAN)
     return torch.from_numpy(out)
 
 
@@ -84,8 +83,8 @@ def _encode_natural(bits, out, slots, index, stream, k0, k1, low, high):
 def encode_natural(u: Tensor, private: Draw) -> Tensor:
     m, d = u.shape
     out = ready((m, (9 * d + 7) // 8), np.uint8)
-    arguments = (u.numpy().view(np.uint32), out, private.slots.numpy(), *key(private))
-    spread(lambda low, high: _encode_natural(*arguments, low, high), m * -(-d // SPAN), least=LEAST // SPAN)
+    args = (u.numpy().view(np.uint32), out, private.slots.numpy(), *key(private))
+    spread(_encode_natural, args, m * -(-d // SPAN), least=LEAST // SPAN)
     return torch.from_numpy(out)
 
 
@@ -114,11 +113,8 @@ def _decode_natural(flat, stride, out, low, high):
 
 def decode_natural(payload: Tensor, d: int) -> tuple[Tensor, bool]:
     m, out = len(payload), ready((len(payload), d), np.uint32)
-    flat, stride = bytes_of(payload)
-    found: list[bool] = []
-    tiles = m * -(-d // SPAN)
-    spread(lambda low, high: found.append(_decode_natural(flat, stride, out, low, high)), tiles, least=LEAST // SPAN)
-    return torch.from_numpy(out.view(np.float32)), any(found)
+    bad = spread(_decode_natural, (*bytes_of(payload), out), m * -(-d // SPAN), least=LEAST // SPAN)
+    return torch.from_numpy(out.view(np.float32)), bad
 
 
 @njit(cache=True, nogil=True)
@@ -140,12 +136,8 @@ def _mean_natural(flat, stride, m, out, cohort, low, high):
 
 def mean_natural(payload: Tensor, d: int, cohort: int) -> tuple[Tensor, bool]:
     m, out = len(payload), ready(d, np.float32)
-    flat, stride = bytes_of(payload)
-    head = (flat, stride, m, out, cohort)
-    found: list[bool] = []
-    least = max(SPAN, LEAST // max(m, 1))
-    spread(lambda low, high: found.append(_mean_natural(*head, low, high)), d, unit=SPAN, least=least)
-    return torch.from_numpy(out), any(found)
+    bad = spread(_mean_natural, (*bytes_of(payload), m, out, cohort), d, SPAN, max(SPAN, LEAST // max(m, 1)))
+    return torch.from_numpy(out), bad
 
 
 # ------------------------------------------------------------------------------------------------ halves of a scale
@@ -185,8 +177,8 @@ def encode_natural_levels(u: Tensor, r: Tensor, private: Draw, levels: int) -> T
     (m, d), bits = u.shape, (2 * levels).bit_length()
     out = ready((m, 4 + (d * bits + 7) // 8), np.uint8)
     out[:, :4] = r.numpy().view(np.uint8).reshape(m, 4)
-    head = (u.numpy(), r.numpy(), out, 4, private.slots.numpy(), *key(private), levels, 2.0 ** (levels - 1), bits)
-    spread(lambda low, high: _encode_natural_levels(*head, low, high), m * -(-d // SPAN), least=LEAST // SPAN)
+    args = (u.numpy(), r.numpy(), out, 4, private.slots.numpy(), *key(private), levels, 2.0 ** (levels - 1), bits)
+    spread(_encode_natural_levels, args, m * -(-d // SPAN), least=LEAST // SPAN)
     return torch.from_numpy(out)
 
 

@@ -119,12 +119,11 @@ def _transform(u: np.ndarray, out: np.ndarray, signs: np.ndarray | None) -> None
         small(u, out, flips, signed, scale)
         return
     block = min(size, BLOCK)
-    spread(lambda lo, hi: _blocks(u, out, flips, signed, scale, lo, hi), m * (size // block), 1, max(1, LEAST // block))
+    spread(_blocks, (u, out, flips, signed, scale), m * (size // block), least=LEAST // block)
     stride = block
     while stride < size:
         count = min(16, size // stride)
-        units, least = m * size // (count * COLUMNS), max(1, LEAST // (count * COLUMNS))
-        spread(lambda lo, hi, s=stride, k=count: columns(out, s, k, lo, hi), units, 1, least)  # type: ignore[misc]
+        spread(columns, (out, stride, count), m * size // (count * COLUMNS), least=LEAST // (count * COLUMNS))
         stride *= count
 
 
@@ -164,7 +163,7 @@ def rotate_back(y: Tensor, draws: Sequence[Draw], d: int) -> Tensor:
         _transform(source, turned, signs)
         source, signs = turned, sign_words(draw, size)
     out = turned if d == size else ready((m, d), np.float32)
-    spread(lambda lo, hi: _flip(turned, signs, out, lo, hi), d, 16, max(1, LEAST // max(m, 1)))
+    spread(_flip, (turned, signs, out), d, 16, LEAST // max(m, 1))
     return torch.from_numpy(out)
 
 
@@ -200,7 +199,7 @@ def add_pieces(sums):
 
 
 def dots(u: Tensor, v: Tensor) -> Tensor:
-    (m, d), a, b = u.shape, u.numpy(), v.numpy()
+    m, d = u.shape
     sums = np.empty((m, -(-d // SUM_BLOCK)))
-    spread(lambda lo, hi: _dots(a, b, sums.reshape(-1), lo, hi), sums.size, 1, max(1, LEAST // SUM_BLOCK))
+    spread(_dots, (u.numpy(), v.numpy(), sums.reshape(-1)), sums.size, least=LEAST // SUM_BLOCK)
     return torch.from_numpy(add_pieces(sums))

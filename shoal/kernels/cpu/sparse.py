@@ -140,25 +140,28 @@ def _rows(bits, out, lo, hi):
         _settle(bits[i], near[: _collect(bits[i], 0, d, bucket, near, 0)], bucket, above, out[i])
 
 
+@njit(cache=True, nogil=True)
+def _tallies(row, counts, lo, hi):
+    for p in range(lo, hi):
+        _tally(row, p * PIECE, min(row.size, (p + 1) * PIECE), counts[p])
+
+
+@njit(cache=True, nogil=True)
+def _collects(row, bucket, near, ends, lo, hi):
+    for p in range(lo, hi):
+        _collect(row, p * PIECE, min(row.size, (p + 1) * PIECE), bucket, near, ends[p - 1] if p else 0)
+
+
 def _shared(row: np.ndarray, out: np.ndarray) -> None:
     """One long row, by all threads: they count, then collect what each knows to be near, each in its own place."""
     d = row.size
     counts = np.empty((-(-d // PIECE), BUCKETS), np.uint32)
 
-    def tally(lo: int, hi: int) -> None:
-        for p in range(lo, hi):
-            _tally(row, p * PIECE, min(d, (p + 1) * PIECE), counts[p])
-
-    spread(tally, len(counts), least=1)
+    spread(_tallies, (row, counts), len(counts), least=1)
     bucket, above = _border(counts, out.size)
     ends = np.cumsum(counts[:, bucket:].sum(1, dtype=np.int64))
     near = np.empty(ends[-1], np.uint32)
-
-    def collect(lo: int, hi: int) -> None:
-        for p in range(lo, hi):
-            _collect(row, p * PIECE, min(d, (p + 1) * PIECE), bucket, near, int(ends[p - 1]) if p else 0)
-
-    spread(collect, len(counts), least=1)
+    spread(_collects, (row, bucket, near, ends), len(counts), least=1)
     _settle(row, near, bucket, above, out)
 
 
@@ -166,7 +169,7 @@ def topk(u: Tensor, k: int) -> Tensor:
     (m, d), bits = u.shape, u.numpy().view(np.uint32)
     out = np.empty((m, k), np.int64)
     if d < 2 * PIECE:
-        spread(lambda lo, hi: _rows(bits, out, lo, hi), m, least=max(1, LEAST // d))
+        spread(_rows, (bits, out), m, least=LEAST // d)
     else:
         for i in range(m):
             _shared(bits[i], out[i])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,20 +60,20 @@ def _roots(sums, out):
         out[i] = r
 
 
-def block_sums(work: Callable[..., object], rows: int, d: int) -> np.ndarray:
-    """(rows, blocks) float64 of work(blocks, out, lo, hi), which fills out[lo:hi] of the blocks in row order.
+def block_sums(kernel: Any, u: np.ndarray) -> np.ndarray:
+    """(m, blocks) float64 of kernel(u, blocks, out, lo, hi), which fills out[lo:hi] of the blocks in row order.
 
     Add a row's blocks from left to right.
     """
-    blocks = -(-d // SUM_BLOCK)
-    out = np.empty(rows * blocks)
-    spread(lambda lo, hi: work(blocks, out, lo, hi), rows * blocks, 1, max(1, LEAST // min(d, SUM_BLOCK)))
-    return out.reshape(rows, blocks)
+    (m, d), blocks = u.shape, -(-u.shape[1] // SUM_BLOCK)
+    out = np.empty(m * blocks)
+    spread(kernel, (u, blocks, out), m * blocks, least=LEAST // min(d, SUM_BLOCK))
+    return out.reshape(m, blocks)
 
 
 def norms(u: Tensor) -> Tensor:
-    rows, out = u.numpy(), np.empty(len(u), np.float32)
-    _roots(block_sums(lambda *part: _square_sums(rows, *part), *rows.shape), out)
+    out = np.empty(len(u), np.float32)
+    _roots(block_sums(_square_sums, u.numpy()), out)
     return torch.from_numpy(out)
 
 
@@ -91,14 +91,13 @@ def maxes(u: Tensor) -> Tensor:
     bits, (m, d) = u.numpy().view(np.uint32), u.shape
     blocks = -(-d // SUM_BLOCK)
     out = np.empty(m * blocks, np.uint32)
-    spread(lambda lo, hi: _maxes(bits, blocks, out, lo, hi), len(out), 1, max(1, LEAST // min(d, SUM_BLOCK)))
+    spread(_maxes, (bits, blocks, out), len(out), least=LEAST // min(d, SUM_BLOCK))
     return torch.from_numpy((out if blocks == 1 else out.reshape(m, blocks).max(1)).view(np.float32))
 
 
 def square_norm(x: Tensor) -> float:
-    rows = x.numpy()[None]
     total = 0.0
-    for block in block_sums(lambda *part: _square_sums(rows, *part), 1, len(x))[0]:
+    for block in block_sums(_square_sums, x.numpy()[None])[0]:
         total += float(block)
     return total
 

@@ -75,18 +75,16 @@ def _pack_digits(sums, out, base, digits, size, lo, hi):
 def fold_codes(payload: Tensor, levels: int, d: int) -> tuple[Tensor, bool]:
     rows = (payload if payload.stride(-1) == 1 else payload.contiguous()).numpy()
     sums, bits = np.empty(d, np.int32), (levels - 1).bit_length()
-    found: list[bool] = []
     least = max(SPAN, LEAST // max(len(rows), 1))
     if levels == 2:
-        spread(lambda lo, hi: _count_bits(rows, sums, lo, hi), d, BLOCK, least)
+        beyond = spread(_count_bits, (rows, sums), d, BLOCK, least)
     else:
-        spread(lambda lo, hi: found.append(_add_codes(rows, sums, bits, levels, lo, hi)), d, SPAN, least)
+        beyond = spread(_add_codes, (rows, sums, bits, levels), d, SPAN, least)
     base = len(rows) * (levels - 1) + 1
     digits, size = group(base)
     out = np.empty(packed_bytes(d, base), np.uint8)
-    args = (sums, out, np.uint64(base), digits, size)
-    spread(lambda lo, hi: _pack_digits(*args, lo, hi), -(-d // digits), least=LEAST // digits)
-    return torch.from_numpy(out), any(found)
+    spread(_pack_digits, (sums, out, np.uint64(base), digits, size), -(-d // digits), least=LEAST // digits)
+    return torch.from_numpy(out), beyond
 
 
 def _tables(values: np.ndarray) -> np.ndarray:
@@ -134,7 +132,5 @@ def unfold_codes(body: Tensor, values: Tensor, d: int) -> tuple[Tensor, bool]:
     base, out = len(values), np.empty(d, np.float32)
     digits, size = group(base)
     args = (body.contiguous().numpy(), _tables(values.numpy()), np.uint64(base), digits, size, out)
-    found: list[bool] = []
-    groups = -(-d // digits)
-    spread(lambda lo, hi: found.append(_unpack_digits(*args, lo, hi)), groups, least=LEAST // digits)
-    return torch.from_numpy(out), any(found)
+    beyond = spread(_unpack_digits, args, -(-d // digits), least=LEAST // digits)
+    return torch.from_numpy(out), beyond

@@ -96,10 +96,9 @@ def decode_table(
     """
     m, out = len(payload), ready((len(payload), d), np.float32)
     flat, stride = bytes_of(payload)
-    head = (flat, stride, scales, values, out, bits, levels)
-    found: list[bool] = []
-    spread(lambda low, high: found.append(_decode(*head, low, high)), m * -(-d // SPAN), least=LEAST // SPAN)
-    return torch.from_numpy(out), any(found)
+    args = (flat, stride, scales, values, out, bits, levels)
+    bad = spread(_decode, args, m * -(-d // SPAN), least=LEAST // SPAN)
+    return torch.from_numpy(out), bad
 
 
 @njit
@@ -155,8 +154,6 @@ def mean_table(
     """(d,) float32: (1/cohort) sum_i of the numbers of `decode_table`, in float64 from row 0 on. And its check."""
     out = ready(d, np.float32)
     flat, stride = bytes_of(payload)
-    head = (flat, stride, scales, values, out, bits, levels, cohort)
-    found: list[bool] = []
-    least = max(SPAN, LEAST // max(len(payload), 1))
-    spread(lambda low, high: found.append(_mean(*head, low, high)), d, unit=SPAN, least=least)
-    return torch.from_numpy(out), any(found)
+    args = (flat, stride, scales, values, out, bits, levels, cohort)
+    bad = spread(_mean, args, d, unit=SPAN, least=max(SPAN, LEAST // max(len(payload), 1)))
+    return torch.from_numpy(out), bad

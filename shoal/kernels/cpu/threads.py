@@ -1,58 +1,147 @@
-"""Plain threads for compiled loops, which release the interpreter lock; as many as torch is told to use.
+"""Threads for compiled loops: as many as torch is told to use, and handed their work without the interpreter.
+
+The caller writes its task on a board, and every thread takes the next piece until there are none. Threads of the crew
+watch the board in compiled code for some hundred microseconds after the last task, so that the next costs about one
+to hand out; then they sleep, and are woken by the next. Nobody waits for a thread that has not begun: whoever comes
+late, or finds another process on its core, finds less left to do. A caller who finds the board taken works alone.
 
 numba's own threading layers are not taken: with one of them a forked child dies, with another the process aborts when
-two Python threads enter it at once. Here any number of callers may come at any time, and each works on its own share
-while it waits. A queue and a lock a share are all there is: handing over costs as much as computing many coordinates.
+two Python threads enter it at once.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
-from collections.abc import Callable
-from queue import SimpleQueue
+import time
+from collections import deque
+from functools import cache
+from types import FunctionType
+from typing import Any
 
+import numpy as np
 import torch
+from numba import njit, types
 
-LEAST = 1 << 17  # coordinates from which on a second thread gains more than the tens of microseconds that it costs
+from shoal.kernels.cpu.atomic import add, call, load, outcome, pause, store, take, task
+
+LEAST = 1 << 16  # coordinates from which on another thread gains more than it costs
+PIECES = 4  # a thread: who comes late leaves the others the rest
+LINGER = 300e-6  # seconds for which a thread watches the board before it sleeps
+_TURN = 64  # looks at the board, after which a thread lets others have the core if there are any
+
+# Words of the board, those that many threads write on lines of the cache of their own.
+TICKET, OWNED, INSIDE, SEATS, NEXT = 0, 8, 16, 24, 32
+SERIAL, FUNCTION, RECORD, SIZE, STEP, OVER, WORDS = 40, 41, 42, 43, 44, 48, 56
+_give_way = types.ExternalFunction("sched_yield", types.int32())
 
 
-class Share:
-    """A range of somebody's work, and whether it is done."""
+@njit(cache=True, nogil=True)
+def _pieces(board):
+    """Pieces of the task on the board, until there are none."""
+    function, record, size, step = board[FUNCTION], board[RECORD], board[SIZE], board[STEP]
+    while True:
+        lo = add(board, NEXT, step)
+        if lo >= size:
+            return
+        call(function, record, lo, min(lo + step, size))
 
-    def __init__(self, work: Callable[[int, int], object], lo: int, hi: int) -> None:
-        self.work, self.lo, self.hi = work, lo, hi
-        self.error: BaseException | None = None
-        self.open = threading.Lock()  # an Event is several times slower
-        self.open.acquire()
 
-    def run(self) -> None:
-        try:
-            self.work(self.lo, self.hi)
-        except BaseException as error:  # raised again where the work was given out
-            self.error = error
-        finally:
-            self.open.release()
+@njit(cache=True, nogil=True)
+def _share(board, function, record, size, step, seats):
+    """The whole task, with the help of at most `seats` other threads."""
+    if not take(board, OWNED):
+        call(function, record, 0, size)
+        return
+    board[SERIAL] += 1
+    board[FUNCTION], board[RECORD], board[SIZE], board[STEP] = function, record, size, step
+    store(board, SEATS, seats)
+    store(board, NEXT, 0)
+    store(board, TICKET, board[SERIAL])
+    _pieces(board)
+    store(board, TICKET, 0)
+    turns = 0
+    while load(board, INSIDE) > 0:  # nothing may still write to the caller's arrays once this returns
+        pause()
+        turns += 1
+        if turns % _TURN == 0:
+            _give_way()
+    store(board, OWNED, 0)
+
+
+@njit(cache=True, nogil=True)
+def _watch(board, last, looks):
+    """Take part in every task but `last`, until there was none for so many looks at the board: the last of them."""
+    idle = 0
+    while idle < looks and load(board, OVER) == 0:
+        ticket = load(board, TICKET)
+        if ticket == 0 or ticket == last:
+            pause()
+            idle += 1
+            if idle % _TURN == 0:
+                _give_way()
+            continue
+        add(board, INSIDE, 1)
+        if load(board, TICKET) == ticket:  # and stays: the caller closes the task, then waits for those inside
+            if add(board, SEATS, -1) > 0:
+                _pieces(board)
+            last = ticket
+        add(board, INSIDE, -1)
+        idle = 0
+    return last
+
+
+def _looks() -> int:
+    """How many looks at an empty board take `LINGER`."""
+    board, some = np.zeros(WORDS, np.int64), 16 * _TURN
+    _watch(board, 0, 1)
+    took = []
+    for _ in range(5):
+        began = time.perf_counter()
+        _watch(board, 0, some)
+        took.append(time.perf_counter() - began)
+    return int(some * LINGER / min(took))
 
 
 class Crew:
-    """One queue, and the threads that serve it. They start when they are first needed, and end with the process."""
+    """A board, and the threads that watch it. They start when they are first needed, and end with the process."""
 
     def __init__(self) -> None:
-        self.queue: SimpleQueue[Share] = SimpleQueue()
+        self.board = np.zeros(WORDS, np.int64)
         self.size, self.growing = 0, threading.Lock()
+        self.asleep: deque[threading.Lock] = deque()  # the bells of those who sleep
 
-    def serve(self) -> None:
+    def serve(self, looks: int) -> None:
+        bell, last = threading.Lock(), 0
+        bell.acquire()
         while True:
-            self.queue.get().run()
+            last = _watch(self.board, last, looks)
+            self.asleep.append(bell)
+            bell.acquire()
 
-    def give(self, shares: list[Share]) -> None:
+    def call(self, most: int) -> int:
+        """Start or wake at most that many threads: how many there are to help."""
+        if self.size < most and self.size < (os.cpu_count() or 1):
+            self.grow(min(most, os.cpu_count() or 1))
+        for _ in range(min(most, len(self.asleep))):
+            try:
+                self.asleep.pop().release()
+            except IndexError:  # another caller woke it
+                break
+        return min(most, self.size)
+
+    def grow(self, size: int) -> None:
         with self.growing:
-            while self.size < min(len(shares), os.cpu_count() or 1):
-                threading.Thread(target=self.serve, name=f"shoal-kernels-{self.size}", daemon=True).start()
+            looks = _looks()
+            while self.size < size:
+                name = f"shoal-kernels-{self.size}"
+                threading.Thread(target=self.serve, args=(looks,), name=name, daemon=True).start()
                 self.size += 1
-        for share in shares:
-            self.queue.put(share)
+
+    def dismiss(self) -> None:
+        """Nobody watches any longer: the interpreter ends."""
+        self.board[OVER] = 1
 
 
 _crew = Crew()
@@ -65,29 +154,41 @@ def _forget() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)  # the threads stay behind in the parent
+atexit.register(lambda: _crew.dismiss())
 
 
-def spread(work: Callable[[int, int], object], size: int, unit: int = 1, least: int = LEAST) -> None:
-    """Call work(lo, hi) for consecutive ranges that cover 0..size-1, on up to torch.get_num_threads() threads.
+def _shared(board, size, step, seats, args):  # type: ignore[no-untyped-def]
+    work = task(kernel, args)  # type: ignore[name-defined]  # noqa: F821
+    _share(board, work[0], work[1], size, step, seats)
+    return outcome(work[1])
 
-    Every range but the last is a multiple of `unit` long, and none is shorter than about `least`, so that small calls
-    stay on the caller's thread. `work` writes to its own range alone; what it returns is dropped.
+
+@cache
+def _sharing(kernel: Any) -> Any:
+    """`_shared` for this kernel, compiled. It has the kernel's place in its file: so numba finds it again."""
+    own, template = kernel.py_func, _shared.__code__
+    name = f"{own.__name__}_shared"
+    code = template.replace(
+        co_name=name, co_qualname=name, co_filename=own.__code__.co_filename,
+        co_firstlineno=own.__code__.co_firstlineno,
+    )  # fmt: skip
+    function = FunctionType(code, {**globals(), "kernel": kernel, "__name__": own.__module__}, name)
+    return njit(cache=True, nogil=True)(function)
+
+
+def spread(
+    kernel: Any, args: tuple[Any, ...], size: int, unit: int = 1, least: int = LEAST, pieces: int = PIECES
+) -> bool:
+    """Call kernel(*args, lo, hi) for consecutive ranges that cover 0..size-1, on up to torch.get_num_threads() threads.
+
+    Every range but the last is a multiple of `unit` long, and no thread is called for less than about `least`, so that
+    small calls stay on the caller's thread; it takes about `pieces` ranges. The kernel is compiled, writes to its own
+    range alone, and returns nothing or a bool: whether one of them is True.
     """
-    if size < 2 * least:
-        work(0, size)
-        return
-    threads = min(torch.get_num_threads(), size // max(least, 1))
-    if threads < 2:
-        work(0, size)
-        return
-    step = -(-size // (threads * unit)) * unit
-    rest = [Share(work, lo, min(lo + step, size)) for lo in range(step, size, step)]
-    _crew.give(rest)
-    try:
-        work(0, min(step, size))
-    finally:
-        for share in rest:  # nothing may still write to the caller's arrays once this returns
-            share.open.acquire()
-    for share in rest:
-        if share.error is not None:
-            raise share.error
+    least = max(least, 1)
+    threads = min(torch.get_num_threads(), size // least) if size >= 2 * least else 1
+    if threads > 1:
+        helpers = _crew.call(threads - 1)
+        step = -(-size // (pieces * (helpers + 1) * unit)) * unit
+        return _sharing(kernel)(_crew.board, size, step, helpers, args)
+    return bool(kernel(*args, 0, size))

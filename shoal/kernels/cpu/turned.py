@@ -95,13 +95,12 @@ def _turned(u: np.ndarray, signs: np.ndarray, code: np.ndarray, sums: np.ndarray
     full = -(-d // stride)
     across, scale = full * stride // BLOCK, np.float32(size**-0.5)
     x = ready((m, full * stride), np.float32)
-    spread(lambda lo, hi: _first(u, signs, scale, x, squares, across, lo, hi), m * across, least=LEAST // BLOCK)
+    spread(_first, (u, signs, scale, x, squares, across), m * across, least=LEAST // BLOCK)
     step = BLOCK
     while step < stride:
-        units, least = x.size // (16 * COLUMNS), max(1, LEAST // (16 * COLUMNS))
-        spread(lambda lo, hi, s=step: columns(x, s, 16, lo, hi), units, 1, least)  # type: ignore[misc]
+        spread(columns, (x, step, 16), x.size // (16 * COLUMNS), least=LEAST // (16 * COLUMNS))
         step *= 16
-    spread(lambda lo, hi: _last(x, stride, full, code, sums, lo, hi), m * (stride // BLOCK), least=1)
+    spread(_last, (x, stride, full, code, sums), m * (stride // BLOCK), least=1)
 
 
 def rotate_signs(u: Tensor, draws: Sequence[Draw], size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,8 +114,7 @@ def rotate_signs(u: Tensor, draws: Sequence[Draw], size: int) -> tuple[Tensor, T
     rows, signs = u.numpy(), sign_words(draws[-1], size)
     if size <= BLOCK:
         factor = np.float32(size**-0.5)
-        args = (rows, signs, factor, size, code, sums, squares)
-        spread(lambda lo, hi: _rows(*args, lo, hi), m, 1, max(1, LEAST // size))
+        spread(_rows, (rows, signs, factor, size, code, sums, squares), m, least=LEAST // size)
     else:
         _turned(rows, signs, code, sums, squares)
     square = torch.from_numpy(add_pieces(squares)) if square is None else square

@@ -40,6 +40,18 @@ def _splat(builder: Any, value: Any, kind: Any) -> Any:
     return builder.shuffle_vector(first, none, ir.Constant(ir.VectorType(_I32, 16), [0] * 16))
 
 
+@intrinsic
+def move(typing, source, target, at, count):
+    """target[at : at + count] = source[at : at + count] by the C library, whose copies choose how they store."""
+
+    def emit(context, builder, signature, args):
+        to, origin = (_at(context, builder, signature.args[k], args[k], args[2]) for k in (1, 0))
+        cgutils.raw_memcpy(builder, to, origin, args[3], context.get_abi_sizeof(origin.type.pointee))
+        return context.get_dummy_value()
+
+    return types.void(source, target, types.int64, types.int64), emit
+
+
 def _within(context: Any, builder: Any, x: Any) -> Any:
     """The butterflies with strides 1, 2, 4 and 8 inside one register: x + other in the lower lanes, other - x above.
 
