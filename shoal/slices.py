@@ -7,7 +7,7 @@ or, where all clients share one scale, as the sum of their codes, which takes fe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -112,17 +112,20 @@ class Slices:
             raise PayloadError(f"a code lies outside 0..{self.tally.levels - 1}.")
         return body
 
-    def unfold(self, body: Tensor, lo: int, hi: int) -> Vector:
-        """The mean's coordinates lo..hi-1 from what `fold` made of them.
+    def unfold(self, bodies: Sequence[Tensor], bounds: Sequence[tuple[int, int]]) -> Vector:
+        """The mean of the slices `bounds`, one behind the other, from what `fold` made of each.
 
         Raises LengthError for another number of bytes, PayloadError for bytes that no `fold` writes.
         """
-        if len(body) != self.folded(lo, hi):
-            raise LengthError(f"{len(body)} bytes of a mean of {hi - lo} coordinates, not {self.folded(lo, hi)}.")
+        for body, (lo, hi) in zip(bodies, bounds, strict=True):
+            if len(body) != self.folded(lo, hi):
+                raise LengthError(f"{len(body)} bytes of a mean of {hi - lo} coordinates, not {self.folded(lo, hi)}.")
         if not self._sums:
-            return finite_floats(body[None])[0]
+            return torch.cat([finite_floats(body[None])[0] for body in bodies])
         assert self.tally is not None
-        mean, beyond = kernels.of(body).unfold_codes(body, self.tally.means(self.cohort), hi - lo)
-        if beyond:
-            raise PayloadError(f"a sum of {self.cohort} codes lies outside 0..{self._sums - 1}.")
+        means, counts = self.tally.means(self.cohort), [hi - lo for lo, hi in bounds]
+        mean, good = kernels.of(bodies[0]).unfold_codes(bodies, means, counts)
+        if not good.all():
+            lo, hi = bounds[int(good.int().argmin())]
+            raise PayloadError(f"coordinates {lo}..{hi - 1}: these bytes are no sums of {self.cohort} codes each.")
         return mean

@@ -30,15 +30,14 @@ WHOLE = {"Bernoulli", "Coded", "Composed", "Drive", "Eden", "LowRank", "PerLayer
 
 def sharded(slices: Slices, msgs: Messages, parts: int) -> Vector:
     """The mean, by way of `parts` processes that see nothing but their slices."""
-    mean = []
+    bodies = []
     for lo, hi in slices.bounds(parts):
         part = slices.cut(msgs, lo, hi)
         assert part.payload.shape[1] == slices.length(lo, hi)
-        if hi > lo:
-            body = slices.fold(part, lo)
-            assert len(body) == slices.folded(lo, hi)
-            mean.append(slices.unfold(body, lo, hi))
-    return slices.finish(torch.cat(mean))
+        body = slices.fold(part, lo) if hi > lo else torch.zeros(0, dtype=torch.uint8)
+        assert len(body) == slices.folded(lo, hi)
+        bodies.append(body)
+    return slices.finish(slices.unfold(bodies, slices.bounds(parts)))
 
 
 @pytest.mark.parametrize("code", [*COMPRESSORS, Correlated(levels=3), Correlated(levels=257 - 1)], ids=repr)
@@ -122,9 +121,9 @@ def test_digits_are_read_back(m, d, levels, seed):
     body, beyond = reference.fold_codes(reference.pack(codes, (levels - 1).bit_length()), levels, d)
     base = m * (levels - 1) + 1
     values = torch.arange(base).float()
-    read, bad = reference.unfold_codes(body, values, d)
+    read, good = reference.unfold_codes([body], values, [d])
     assert not beyond
-    assert not bad
+    assert good.all()
     assert torch.equal(read, codes.sum(0).float())
     digits, size = group(base)
     first = codes.sum(0).tolist()[:digits]
@@ -139,12 +138,12 @@ def test_sums_do_not_depend_on_threads(m, d, levels):
     codes = reference.pack(torch.from_numpy(draw.integers(0, levels, (m, d))), bits)
     values = torch.from_numpy(draw.normal(size=m * (levels - 1) + 1).astype(np.float32))
     expected = reference.fold_codes(codes, levels, d)[0]
-    mean = reference.unfold_codes(expected, values, d)[0]
+    mean = reference.unfold_codes([expected], values, [d])[0]
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             assert torch.equal(cpu.fold_codes(codes, levels, d)[0], expected)
-            assert torch.equal(cpu.unfold_codes(expected, values, d)[0], mean)
+            assert torch.equal(cpu.unfold_codes([expected], values, [d])[0], mean)
     finally:
         torch.set_num_threads(before)
 
@@ -168,7 +167,7 @@ def test_hostile_slices_raise_wire_errors_and_nothing_else(code):
         payload = torch.from_numpy(noise.integers(0, 256, (n, max(wide, 0)), np.uint8))
         bad = Messages(payload, torch.full((n,), payload.shape[1]), part.slots, hi - lo)
         body = torch.from_numpy(noise.integers(0, 256, max(slices.folded(lo, hi) + (wide - size), 0), np.uint8))
-        for attempt in (lambda bad=bad: slices.fold(bad, lo), lambda body=body: slices.unfold(body, lo, hi)):
+        for attempt in (lambda bad=bad: slices.fold(bad, lo), lambda body=body: slices.unfold([body], [(lo, hi)])):
             try:
                 attempt()
             except WireError:
@@ -185,12 +184,12 @@ def test_what_is_refused_is_said():
         slices.fold(replace(part, payload=torch.full_like(part.payload, 255)), 0)
     with pytest.raises(LengthError, match="2 slices from coordinate 0 on, of a cohort of 3"):
         slices.fold(part.rows(slice(0, 2)), 0)
-    with pytest.raises(PayloadError, match=r"a sum of 3 codes lies outside 0\.\.6"):
-        slices.unfold(torch.full((slices.folded(0, 8),), 255, dtype=torch.uint8), 0, 8)
+    with pytest.raises(PayloadError, match=r"coordinates 0\.\.7: these bytes are no sums of 3 codes"):
+        slices.unfold([torch.full((slices.folded(0, 8),), 255, dtype=torch.uint8)], [(0, 8)])
     with pytest.raises(LengthError, match="1 bytes of a mean of 8 coordinates, not 3"):
-        slices.unfold(torch.zeros(1, dtype=torch.uint8), 0, 8)
+        slices.unfold([torch.zeros(1, dtype=torch.uint8)], [(0, 8)])
     with pytest.raises(PayloadError, match="not finite"):
-        Dense().slices(2, Round.full(0, 0, 1)).unfold(torch.full((8,), 255, dtype=torch.uint8), 0, 2)
+        Dense().slices(2, Round.full(0, 0, 1)).unfold([torch.full((8,), 255, dtype=torch.uint8)], [(0, 2)])
 
 
 def test_the_zoo_has_all_that_cuts():

@@ -102,12 +102,8 @@ class Sharded(Replicated):
         me = torch.tensor([self.peers.rank])
         mine = frame(body[None], torch.tensor([len(body)]), me, stamp, max(sizes))
         heard = self.peers.all(mine, "means of slices")
-        parts = []
-        for rank, (frames, (lo, hi), size) in enumerate(zip(heard, bounds, sizes, strict=True)):
-            said = _unframed(frames[0], stamp, rank, size)
-            if hi > lo:
-                parts.append(slices.unfold(said, lo, hi))
-        return torch.cat(parts)
+        said = [_unframed(frames[0], stamp, rank, sizes[rank]) for rank, frames in enumerate(heard)]
+        return slices.unfold(said, bounds)
 
     def _stamp(self, kind: int, d: int, cohort: int, rnd: Round) -> Stamp:
         return Stamp(rng.LAYOUT, kind, rnd.index, cohort, d, self.digest)

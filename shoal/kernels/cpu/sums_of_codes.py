@@ -6,11 +6,14 @@ of at most `PART` values, whose digits' means stand in a table.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
+from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.codes import ROOM, SPAN, unpack_tile
 from shoal.kernels.cpu.lanes import count_512
 from shoal.kernels.cpu.philox import copy
@@ -74,7 +77,7 @@ def _pack_digits(sums, out, base, digits, size, lo, hi):
 
 def fold_codes(payload: Tensor, levels: int, d: int) -> tuple[Tensor, bool]:
     rows = (payload if payload.stride(-1) == 1 else payload.contiguous()).numpy()
-    sums, bits = np.empty(d, np.int32), (levels - 1).bit_length()
+    sums, bits = ready(d, np.uint16), (levels - 1).bit_length()  # slices.MOST sums at most
     found: list[bool] = []
     least = max(SPAN, LEAST // max(len(rows), 1))
     if levels == 2:
@@ -113,7 +116,6 @@ def _unpack_digits(body, table, base, digits, size, out, lo, hi):
     for g in range(lo, hi):
         number, j = _read(body, g * size, size), g * digits
         end = min(j + digits, out.size)
-        first = j
         while j + some <= end:
             rest = number // by
             row = np.int64(number - rest * by)
@@ -124,17 +126,24 @@ def _unpack_digits(body, table, base, digits, size, out, lo, hi):
             rest = number // base
             out[j] = table[np.int64(number - rest * base), 0]
             number, j = rest, j + 1
-        if number:
-            out[first:end] = np.nan
-            beyond = True
+        beyond |= number != 0
     return beyond
 
 
-def unfold_codes(body: Tensor, values: Tensor, d: int) -> tuple[Tensor, bool]:
-    base, out = len(values), np.empty(d, np.float32)
-    digits, size = group(base)
-    args = (body.contiguous().numpy(), _tables(values.numpy()), np.uint64(base), digits, size, out)
-    found: list[bool] = []
-    groups = -(-d // digits)
+def unfold_codes(bodies: Sequence[Tensor], values: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    base, out, good, at = len(values), ready(sum(counts), np.float32), list[bool](), 0
+    (digits, size), table = group(base), _tables(values.numpy())
+    for body, count in zip(bodies, counts, strict=True):
+        part = out[at : at + count]
+        good.append(_unfold_digits(body.contiguous().numpy(), table, base, digits, size, part))
+        at += count
+    return torch.from_numpy(out), torch.tensor(good)
+
+
+def _unfold_digits(body: np.ndarray, table: np.ndarray, base: int, digits: int, size: int, out: np.ndarray) -> bool:
+    args, found = (body, table, np.uint64(base), digits, size, out), list[bool]()
+    groups = -(-len(out) // digits)
     spread(lambda lo, hi: found.append(_unpack_digits(*args, lo, hi)), groups, least=LEAST // digits)
-    return torch.from_numpy(out), any(found)
+    if any(found):
+        out[:] = np.nan
+    return not any(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -60,22 +61,29 @@ def fold_codes(payload: Tensor, levels: int, d: int) -> tuple[Tensor, bool]:
     return torch.from_numpy(np.frombuffer(bytes(out), np.uint8).copy()), bool((codes >= levels).any())
 
 
-def unfold_codes(body: Tensor, values: Tensor, d: int) -> tuple[Tensor, bool]:
-    """(d,) float32: values[digit] for each of the d digits in `body`, to the base len(values).
+def unfold_codes(bodies: Sequence[Tensor], values: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(sum counts,) float32: values[digit] for each of the counts[i] digits in bodies[i], to the base len(values).
 
-    And whether a group holds a number that no digits make; its values are NaN.
+    And (bodies,) bool: whether it is one that `fold_codes` makes. The values of any other are NaN.
     """
-    base, raw = len(values), body.numpy().tobytes()
+    read = [_read(body.numpy().tobytes(), values.numpy(), count) for body, count in zip(bodies, counts, strict=True)]
+    means = [
+        np.full(count, np.nan, np.float32) if one is None else one for one, count in zip(read, counts, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(means)), torch.tensor([one is not None for one in read])
+
+
+def _read(raw: bytes, values: np.ndarray, d: int) -> np.ndarray | None:
+    """(d,) float32, or None where a group holds a number that no digits make."""
+    base, out = len(values), np.empty(d, np.float32)
     digits, size = group(base)
-    out, beyond = np.empty(d, np.float32), False
     for at in range(0, d, digits):
         count = min(digits, d - at)
         start, whole = at // digits * size, size if count == digits else width(base, count)
         number = int.from_bytes(raw[start : start + whole], "little")
         if number >= base**count:
-            out[at : at + count], beyond = np.nan, True
-            continue
+            return None
         for j in range(at, at + count):
             number, digit = divmod(number, base)
             out[j] = values[digit]
-    return torch.from_numpy(out), beyond
+    return out
