@@ -13,6 +13,7 @@ import torch
 from golden import make
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_buffers import used
 from torch import Tensor
 
 from shoal.compressors import Correlated
@@ -122,9 +123,10 @@ def test_sums_come_back(crowd):
 
 
 @pytest.mark.parametrize("m", [1, 2, 4, 8, 16, 300])
-def test_segments_and_threads(m):
+def test_segments_and_threads(m, monkeypatch):
     """Symbols of 8, 5, 3, 2, 2 and 1 sums; nine segments or more, four of which are read in turns; a last one cut
-    short."""
+    short. What was in the memory before does not show."""
+    monkeypatch.setattr("shoal.kernels.cpu.sums_of_codes.ready", used)
     d, before = 9 * SEGMENT * joint(m + 1) + 11, torch.get_num_threads()
     packed = reference.pack(torch.from_numpy(made(m, d, 2, 0.8, m)), 1)
     body, _ = reference.fold_codes(packed, 2, d)
