@@ -207,8 +207,10 @@ class Handle:
             raise NonFiniteError(f"step {job.step}: the mean overflows float32 when scaled by {job.scale:g}.")
 
     def _gathered(self, job: Job, parts: list[Part]) -> Vector:
-        """These parameters' gradients, without AMP's scale."""
-        whole = torch.cat([job.host[p.lo : p.hi] for p in parts]) if parts else job.host[:0]
+        """These parameters' gradients, without AMP's scale; neighbors, as they mostly are, where they lie."""
+        lo, hi = (parts[0].lo, parts[-1].hi) if parts else (0, 0)
+        side_by_side = sum(p.hi - p.lo for p in parts) == hi - lo
+        whole = job.host[lo:hi] if side_by_side else torch.cat([job.host[p.lo : p.hi] for p in parts])
         return whole if job.scale is None else whole / job.scale
 
     def _put(self, job: Job, parts: list[Part], mean: Vector) -> None:
