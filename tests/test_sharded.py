@@ -37,10 +37,10 @@ Spoil = Callable[[str, int, Tensor], Tensor]  # (which exchange, whose bytes, th
 
 
 class Table:
-    """Where the threads of all ranks lay down what they send; nobody waits longer than ten seconds."""
+    """Where the threads of all ranks lay down what they send; nobody waits for longer than kernels take to compile."""
 
     def __init__(self, world: int) -> None:
-        self.world, self.laid, self.all_here = world, [None] * world, threading.Barrier(world, timeout=10)
+        self.world, self.laid, self.all_here = world, [None] * world, threading.Barrier(world, timeout=60)
 
     def exchange(self, rank: int, mine: object) -> list:
         self.laid[rank] = mine
@@ -95,7 +95,7 @@ def seated(world: int, work: Callable[[Seat], object], spoil: Spoil | None = Non
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(90)
     return found
 
 
