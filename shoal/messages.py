@@ -67,7 +67,7 @@ class Round:
 
     def shared(self, stream: str) -> kernels.Draw:
         """The named stream that all clients and the server derive alike."""
-        return self.draw(stream, rng.SHARED.to(self.slots.device))
+        return self.draw(stream, rng.SHARED if self.slots.is_cpu else rng.SHARED.to(self.slots.device))
 
     def uniform(self, d: int, stream: str) -> Tensor:
         """(m, d) float32 on [0, 1), private to each row."""
@@ -119,7 +119,7 @@ class Messages:
     def of(payload: Tensor, rnd: Round, d: int, nbytes: Tensor | None = None) -> Messages:
         """Rows of bytes, all of them in use unless `nbytes` says otherwise."""
         if nbytes is None:
-            nbytes = torch.full(payload.shape[:1], payload.shape[1], device=payload.device)
+            nbytes = rnd.slots.new_full(payload.shape[:1], payload.shape[1])
         return Messages(payload, nbytes, rnd.slots, d)
 
     @property
@@ -160,6 +160,8 @@ def as_floats(b: Tensor) -> Tensor:
     if not b.numel():
         return torch.zeros(b.shape[0], b.shape[1] // 4, device=b.device)
     b = b.contiguous()
+    if b.shape[0] == 1 and b.stride(0) % 4:  # how far it is to the row that is not there matters to `view` alone
+        b = b.as_strided(b.shape, (b.shape[1], 1))
     aligned = b.storage_offset() % 4 == 0 and b.stride(0) % 4 == 0 and b.stride(1) == 1
     return (b if aligned else b.clone(memory_format=torch.contiguous_format)).view(torch.float32)
 

@@ -264,6 +264,19 @@ CASES |= {
 }
 
 
+def orders(ops: ModuleType, v: Inputs) -> list[object]:
+    """Ascending rows, at the end of what is allowed and beyond it, from below 0 on, and with a number twice."""
+    up = torch.arange(v.d).repeat(v.m, 1) * 3
+    twice = up.clone()
+    twice[-1, v.d // 2 :] -= 3
+    return [
+        ops.ascending(*case) for case in ((up, 3 * v.d - 2), (up, 3 * v.d - 3), (up - 1, 3 * v.d), (twice, 3 * v.d))
+    ]
+
+
+CASES["ascending"] = orders
+
+
 def entropy(v: Inputs) -> list[tuple[Tensor, int, int]]:
     """(symbols, how many there are, bytes they may take): rare, even, one alone, too many, too little room."""
     rare = v.codes(3) * (v.codes(20) == 0).long()

@@ -21,7 +21,18 @@ from shoal.compressors.dither import read_scale
 from shoal.compressors.lloyd import POINTS
 from shoal.compressors.rotation import Conditional, checked_norms, padded, rotate_back, sign_draws
 from shoal.errors import ConfigError
-from shoal.messages import FLOAT_MAX, Messages, Round, Rows, as_bytes, checked_rows, joined, largest, shaped_rows
+from shoal.messages import (
+    FLOAT_MAX,
+    Messages,
+    Round,
+    Rows,
+    as_bytes,
+    checked_rows,
+    joined,
+    largest,
+    shaped_rows,
+    smallest,
+)
 from shoal.theory import AB, independent
 
 SMALLEST = 64  # padded dimension from which on the numerical omega was measured and not exceeded
@@ -105,9 +116,10 @@ class Turned(Conditional):
             along = along if unit == 1.0 else along * unit
         else:
             sent, along, square = self._pointed(u, D, rnd)
-        fit = along / D if self._least else square / along
-        scale = torch.where(along > 0, fit, 0.0).float()
-        return Messages.of(joined(as_bytes(scale[:, None]), *sent), rnd, u.shape[1])
+        scale = along / D if self._least else square / along
+        if not smallest(along) > 0:
+            scale = torch.where(along > 0, scale, 0.0)
+        return Messages.of(joined(as_bytes(scale.float()[:, None]), *sent), rnd, u.shape[1])
 
     def _pointed(self, u: Rows, D: int, rnd: Round) -> tuple[list[Tensor], Tensor, Tensor]:
         """The parts' bytes, and for the scale (m,) float64 <y, q> and ||u_i||^2, or what stands for it."""
@@ -144,12 +156,13 @@ class Turned(Conditional):
         payload, D = msgs.checked(self.capacity(rnd.cohort, msgs.d)), padded(msgs.d)
         ops, scale, parts, byte = kernels.of(payload), read_scale(payload), [], 4
         for count, bits in self._parts(D):
-            end, table = byte + (count * bits + 7) // 8, self._table(bits).to(payload.device)
+            end = byte + (count * bits + 7) // 8
             code = payload[:, byte:end].contiguous()
             if bits == 1:
-                parts.append(ops.decode_bits(code, scale * table[1], count))
+                unit = unit_of(self)
+                parts.append(ops.decode_bits(code, scale if unit == 1.0 else scale * unit, count))
             else:
-                parts.append(ops.decode_points(code, scale, table, count))
+                parts.append(ops.decode_points(code, scale, self._table(bits).to(payload.device), count))
             byte = end
         rows = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         if rows.shape[1] < D:  # what was not sent is zero

@@ -8,6 +8,7 @@ Constants are derived in docs/derivations/compressors.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from shoal import kernels, rng
 from shoal.compressors.blocks import Listed
 from shoal.core import Compressor, Unbiased
 from shoal.errors import ConfigError, PayloadError
-from shoal.messages import Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats, joined, largest
+from shoal.messages import Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats, joined
 
 
 def checked_k(k: int | float, name: str) -> None:
@@ -36,8 +37,13 @@ def kept(k: int | float, d: int, name: str) -> int:
 
 
 def uniform_pointer(rows: Tensor, k: int) -> Tensor:
-    """(m + 1,) int64, on the device of the m rows: each has k entries."""
-    return torch.arange(0, (rows.shape[0] + 1) * k, k, device=rows.device)
+    """(m + 1,) int64, on the device of the m rows: each has k entries. Not to be written to."""
+    return _pointer(rows.shape[0], k, rows.device)
+
+
+@lru_cache(maxsize=64)
+def _pointer(m: int, k: int, device: torch.device) -> Tensor:
+    return torch.arange(0, (m + 1) * k, k, device=device)
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,8 @@ class TopK(Compressor):
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Tensor, Tensor]:
         d, k = msgs.d, kept(self.k, msgs.d, "TopK")
         payload = msgs.checked(self.capacity(rnd.cohort, d))
-        index = kernels.of(payload).unpack(payload[:, 4 * k :].contiguous(), k, (d - 1).bit_length())
-        if largest(index[:, -1]) >= d or (k > 1 and not bool((index.diff() > 0).all())):
+        ops = kernels.of(payload)
+        index = ops.unpack(payload[:, 4 * k :].contiguous(), k, (d - 1).bit_length())
+        if not ops.ascending(index, d):
             raise PayloadError(f"TopK(k={k}): indices must ascend within 0..{d - 1}.")
         return finite_floats(payload[:, : 4 * k]), index.reshape(-1), uniform_pointer(payload, k)

@@ -25,7 +25,7 @@ from shoal.kernels.cpu.pointwise import (
     sign_bits,
 )
 from shoal.kernels.cpu.rotation import dots, hadamard, rotate, rotate_back
-from shoal.kernels.cpu.sparse import gather, mean_sparse, scatter, topk
+from shoal.kernels.cpu.sparse import ascending, gather, mean_sparse, scatter, topk
 from shoal.kernels.cpu.strata import decode_strata, encode_strata, mean_strata
 from shoal.kernels.cpu.sums import add_rows, maxes, mean_rows, norms, square_norm
 from shoal.kernels.cpu.sums_of_codes import fold_codes, unfold_codes

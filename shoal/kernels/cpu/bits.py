@@ -23,7 +23,7 @@ from shoal.kernels.cpu.lanes import (
     signs_64,
     strata_256,
 )
-from shoal.kernels.cpu.philox import TILE, copy, fill_below, fill_halves, key, shared_key, word
+from shoal.kernels.cpu.philox import TILE, copy, fill_below, fill_halves, key, shared_key, unsigned, word
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.draw import Draw
 from shoal.kernels.reference.bits import LIFT, TINY
@@ -151,7 +151,7 @@ def encode_bits(
     elif strata > 1:
         given = np.zeros(d, np.int32) if shifts is None else shifts.numpy().reshape(-1)
     args = (
-        u.numpy(), scales, out, start, private.slots.numpy(), key(private), np.uint64(tie.stream), strata,
+        u.numpy(), scales, out, start, private.slots.numpy(), key(private), unsigned(tie.stream), strata,
         place.numpy(), given, shared,
     )  # fmt: skip
     share(_encode_bits, args, m, d)

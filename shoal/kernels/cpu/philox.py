@@ -87,20 +87,22 @@ def word(j, slot, index, stream, k0, k1):
     return w2 if w == 2 else w3
 
 
-@lru_cache(maxsize=64)
-def _seed(seed: int) -> tuple[np.uint64, np.uint64]:
-    return np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
+@lru_cache(maxsize=1024)
+def unsigned(value: int) -> np.uint64:
+    """The number as the compiled loops take it: few different ones are asked for, again and again."""
+    return np.uint64(value)
 
 
 def key(draw: Draw) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
     """(round, stream, key low, key high) as the compiled loops take them."""
-    return np.uint64(draw.round & 0xFFFFFFFF), np.uint64(draw.stream), *_seed(draw.seed)
+    low, high = draw.seed & 0xFFFFFFFF, draw.seed >> 32
+    return unsigned(draw.round & 0xFFFFFFFF), unsigned(draw.stream), unsigned(low), unsigned(high)
 
 
 def shared_key(draw: Draw) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64, np.uint64]:
     """(slot, round, stream, key low, key high) of the first slot, in most cases the only one."""
     slots = draw.slots
-    return np.uint64((slots if slots.numel() == 1 else slots[0]).item()), *key(draw)
+    return unsigned((slots if slots.numel() == 1 else slots[0]).item()), *key(draw)
 
 
 @njit(cache=True, nogil=True)
@@ -205,5 +207,5 @@ def _support(out, w, d):
 
 def support(draw: Draw, d: int, k: int) -> Tensor:
     out = np.empty((len(draw.slots), k), np.int64)
-    _support(out, words(draw, k).numpy(), d)
+    _support(out, word_rows(draw, k), d)
     return torch.from_numpy(out)

@@ -174,3 +174,19 @@ def topk(u: Tensor, k: int) -> Tensor:
         for i in range(m):
             _shared(bits[i], out[i])
     return torch.from_numpy(out)
+
+
+@njit(cache=True, nogil=True)
+def _ascending(index, d):
+    for i in range(index.shape[0]):
+        row, good, last = index[i], True, np.int64(-1)
+        for j in range(row.size):
+            good &= row[j] > last
+            last = row[j]
+        if not good or last >= d:
+            return False
+    return True
+
+
+def ascending(index: Tensor, d: int) -> bool:
+    return _ascending(index.numpy(), d)

@@ -78,21 +78,24 @@ def norms(u: Tensor) -> Tensor:
 
 
 @njit(cache=True, nogil=True)
-def _maxes(bits, blocks, out, lo, hi):
+def _maxes(u, blocks, out, lo, hi):
+    bits, largest = u.view(np.uint32), out.view(np.uint32)
     for k in range(lo, hi):
         top, first = np.uint32(0), k % blocks * SUM_BLOCK
         block = bits[k // blocks, first : min(first + SUM_BLOCK, bits.shape[1])]
         for j in range(block.size):
             top = max(top, block[j] & np.uint32(0x7FFFFFFF))
-        out[k] = top
+        largest[k] = top
 
 
 def maxes(u: Tensor) -> Tensor:
-    bits, (m, d) = u.numpy().view(np.uint32), u.shape
+    m, d = u.shape
     blocks = -(-d // SUM_BLOCK)
-    out = np.empty(m * blocks, np.uint32)
-    spread(_maxes, (bits, blocks, out), len(out), least=LEAST // min(d, SUM_BLOCK))
-    return torch.from_numpy((out if blocks == 1 else out.reshape(m, blocks).max(1)).view(np.float32))
+    out = np.empty(m * blocks, np.float32)
+    spread(_maxes, (u.numpy(), blocks, out), m * blocks, least=LEAST // min(d, SUM_BLOCK))
+    if blocks > 1:  # by their bits, as NaNs have an order there
+        out = out.view(np.uint32).reshape(m, blocks).max(1).view(np.float32)
+    return torch.from_numpy(out)
 
 
 def square_norm(x: Tensor) -> float:

@@ -185,10 +185,9 @@ def spread(
     small calls stay on the caller's thread; it takes about `pieces` ranges. The kernel is compiled, writes to its own
     range alone, and returns nothing or a bool: whether one of them is True.
     """
-    least = max(least, 1)
-    threads = min(torch.get_num_threads(), size // least) if size >= 2 * least else 1
-    if threads > 1:
-        helpers = _crew.call(threads - 1)
-        step = -(-size // (pieces * (helpers + 1) * unit)) * unit
-        return _sharing(kernel)(_crew.board, size, step, helpers, args)
-    return bool(kernel(*args, 0, size))
+    threads = min(torch.get_num_threads(), size // max(least, 1)) if size >= 2 * least else 1
+    if threads < 2:
+        return kernel(*args, 0, size) is True
+    helpers = _crew.call(threads - 1)
+    step = -(-size // (pieces * (helpers + 1) * unit)) * unit
+    return _sharing(kernel)(_crew.board, size, step, helpers, args)

@@ -27,7 +27,7 @@ from shoal.kernels.gpu.pointwise import (
     mean_natural_levels,
 )
 from shoal.kernels.gpu.rotation import hadamard, rotate, rotate_back
-from shoal.kernels.gpu.sparse import gather, mean_sparse, scatter, topk
+from shoal.kernels.gpu.sparse import ascending, gather, mean_sparse, scatter, topk
 from shoal.kernels.gpu.strata import decode_strata, encode_strata, mean_strata
 from shoal.kernels.gpu.sums import add_rows, dots, maxes, mean_abs, mean_rows, norms, square_norm
 

@@ -83,3 +83,8 @@ def topk(u: Tensor, k: int) -> Tensor:
     room = k - (size > least).sum(1, keepdim=True)
     kept = (size > least) | (tied & (tied.cumsum(1) <= room))
     return kept.nonzero()[:, 1].reshape(len(u), k)
+
+
+def ascending(index: Tensor, d: int) -> bool:
+    inside = (index[:, 0] >= 0) & (index[:, -1] < d)
+    return bool(inside.all() & (index[:, 1:] > index[:, :-1]).all())

@@ -36,13 +36,14 @@ from shoal.kernels.reference.rotation import (
     rotate_back,
     rotate_signs,
 )
-from shoal.kernels.reference.sparse import gather, mean_sparse, scatter, topk
+from shoal.kernels.reference.sparse import ascending, gather, mean_sparse, scatter, topk
 from shoal.kernels.reference.strata import decode_strata, encode_strata, mean_strata
 from shoal.kernels.reference.sums import add_rows, dots, maxes, mean_abs, mean_rows, norms, square_norm
 from shoal.kernels.reference.sums_of_codes import fold_codes, unfold_codes
 
 __all__ = [
     "add_rows",
+    "ascending",
     "below",
     "dealt_lengths",
     "decode_bits",

@@ -37,3 +37,9 @@ def topk(u: Tensor, k: int) -> Tensor:
     """(m, k) int64, ascending: the k coordinates of largest magnitude; ties go to the lowest index."""
     order = np.argsort(-np.abs(u.numpy()), axis=1, kind="stable")[:, :k]
     return torch.from_numpy(np.sort(order, axis=1))
+
+
+def ascending(index: Tensor, d: int) -> bool:
+    """Whether the numbers of every row, (m, k) int64 with k >= 1, ascend within 0..d-1, none twice."""
+    rows = index.numpy()
+    return bool((rows[:, 0] >= 0).all() and (np.diff(rows, axis=1) > 0).all() and (rows[:, -1] < d).all())
