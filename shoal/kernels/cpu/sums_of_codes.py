@@ -1,7 +1,6 @@
 """Sums of many messages' codes to a prefix code or to digits of a few bytes, and back to means.
 
-A group of digits is one number of at most 64 bits. Digits come out of it several at a time: one division yields a part
-of at most `PART` values, whose digits stand in a table. The prefix code is in `prefix`.
+The former is in `prefix`, the latter are in `digits`.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.codes import ROOM, SPAN, unpack_tile
+from shoal.kernels.cpu.digits import pack_digits, unpack_digits
 from shoal.kernels.cpu.lanes import count_512
 from shoal.kernels.cpu.philox import copy
 from shoal.kernels.cpu.prefix import (
@@ -31,11 +31,10 @@ from shoal.kernels.cpu.prefix import (
 )
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.reference.prefix import SEGMENT
-from shoal.kernels.reference.sums_of_codes import CODED, DIGITS, group, joint, may_pay, packed_bytes
+from shoal.kernels.reference.sums_of_codes import CODED, DIGITS, joint, may_pay, packed_bytes
 
 BLOCK = 512  # coordinates that are counted at a time
 MANY = 1 << 15  # symbols that are counted at least, before another count begins
-PART = 4096  # values of a table's rows: 8 KiB for each of their digits
 
 
 @njit(cache=True, nogil=True)
@@ -75,18 +74,6 @@ def _add_codes(payload, out, bits, levels, lo, hi):
                 worst = max(worst, code[j])
             beyond |= worst >= levels
     return beyond
-
-
-@njit(cache=True, nogil=True)
-def _pack_digits(sums, out, base, digits, size, lo, hi):
-    """Groups lo..hi-1; the last of all may be shorter, in digits and in bytes."""
-    for g in range(lo, hi):
-        number, at = np.uint64(0), g * digits
-        for j in range(min(at + digits, sums.size) - 1, at - 1, -1):
-            number = number * base + np.uint64(sums[j])
-        for b in range(g * size, min(g * size + size, out.size)):
-            out[b] = np.uint8(number & np.uint64(0xFF))
-            number >>= np.uint64(8)
 
 
 @njit(cache=True, nogil=True)
@@ -167,14 +154,6 @@ def _coded(symbols: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return out
 
 
-def _digits(sums: np.ndarray, base: int) -> np.ndarray:
-    digits, size = group(base)
-    out = np.empty(1 + packed_bytes(len(sums), base), np.uint8)
-    out[0] = DIGITS
-    spread(_pack_digits, (sums, out[1:], np.uint64(base), digits, size), -(-len(sums) // digits), least=LEAST // digits)
-    return out
-
-
 def fold_codes(payload: Tensor, levels: int, d: int) -> tuple[Tensor, bool]:
     rows = (payload if payload.stride(-1) == 1 else payload.contiguous()).numpy()
     sums, bits = ready(d, np.uint16), (levels - 1).bit_length()
@@ -189,45 +168,9 @@ def fold_codes(payload: Tensor, levels: int, d: int) -> tuple[Tensor, bool]:
     if may_pay(d, base):
         symbols, counts = _symbols(sums, base)
         lengths = _shorter(counts, d, base)
-    return torch.from_numpy(_digits(sums, base) if lengths is None else _coded(symbols, lengths)), False
-
-
-def _tables(values: np.ndarray) -> np.ndarray:
-    """(base^s, s): the values of the s digits of every number below base^s <= PART, s >= 1."""
-    base, some = len(values), 1
-    while base ** (some + 1) <= PART:
-        some += 1
-    numbers = np.arange(base**some)[:, None]
-    return np.ascontiguousarray(values[numbers // base ** np.arange(some) % base])
-
-
-@njit(cache=True, nogil=True)
-def _read(body, start, size):
-    number = np.uint64(0)
-    for b in range(min(start + size, body.size) - 1, start - 1, -1):
-        number = (number << np.uint64(8)) | np.uint64(body[b])
-    return number
-
-
-@njit(cache=True, nogil=True)
-def _unpack_digits(body, table, base, digits, size, out, lo, hi):
-    """Groups lo..hi-1. A number that no digits make leaves something after the last of them."""
-    by, some, beyond = np.uint64(table.shape[0]), table.shape[1], False
-    for g in range(lo, hi):
-        number, j = _read(body, g * size, size), g * digits
-        end = min(j + digits, out.size)
-        while j + some <= end:
-            rest = number // by
-            row = np.int64(number - rest * by)
-            for k in range(some):
-                out[j + k] = table[row, k]
-            number, j = rest, j + some
-        while j < end:
-            rest = number // base
-            out[j] = table[np.int64(number - rest * base), 0]
-            number, j = rest, j + 1
-        beyond |= number != 0
-    return beyond
+    if lengths is not None:
+        return torch.from_numpy(_coded(symbols, lengths)), False
+    return torch.from_numpy(np.concatenate([np.array([DIGITS], np.uint8), pack_digits(sums, base)])), False
 
 
 def unfold_codes(bodies: Sequence[Tensor], values: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -249,18 +192,12 @@ def _unfold(raw: np.ndarray, values: np.ndarray, out: np.ndarray) -> bool:
     if raw.size != 1 + packed_bytes(len(out), base) or raw[0] != DIGITS:
         return False
     if not pays:
-        return _unfold_digits(raw[1:], values, out)
+        return unpack_digits(raw[1:], values, out)
     sums = ready(len(out), np.uint16)
-    if not _unfold_digits(raw[1:], np.arange(base, dtype=np.uint16), sums):
+    if not unpack_digits(raw[1:], np.arange(base, dtype=np.uint16), sums):
         return False
     spread(_look_up, (sums, values, out), len(out))
     return _shorter(_symbols(sums, base)[1], len(out), base) is None
-
-
-def _unfold_digits(raw: np.ndarray, values: np.ndarray, out: np.ndarray) -> bool:
-    digits, size = group(len(values))
-    args = (raw, _tables(values), np.uint64(len(values)), digits, size, out)
-    return not spread(_unpack_digits, args, -(-len(out) // digits), least=LEAST // digits)
 
 
 def _unfold_coded(raw: np.ndarray, values: np.ndarray, out: np.ndarray) -> bool:
