@@ -122,6 +122,15 @@ def require(compressor: Compressor, constant: str, method: str, mend: str) -> No
         )
 
 
+def check_share(method: str, name: str, value: float | None, what: str, most: str = "1") -> None:
+    """Raise ConfigError unless a share or a probability is None or a number in (0, 1]; `most` says the rule's end."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and 0.0 < value <= 1.0):
+        raise ConfigError(
+            f"{method}({name}={value!r}): {what} is a number in (0, {most}]; give one, or leave {name} out."
+        )
+
+
 def ab_for_inputs(compressor: Compressor, setting: Setting, equal: bool) -> AB:
     """The compressor's AB inequality, with the others that hold beside it; where all inputs are `equal`, also the
     one that it states for those (`homogeneous`).

@@ -27,7 +27,7 @@ from shoal.descents import Step
 from shoal.errors import ConfigError
 from shoal.kernels import Draw, cpu
 from shoal.messages import Round
-from shoal.methods import DCGD, EF21, GD, Dasha, Diana, Marina, TwoWayEF21, TwoWayMarina, VRDiana
+from shoal.methods import DCGD, EF21, GD, Dasha, Diana, Marina, MarinaP, TwoWayEF21, TwoWayMarina, VRDiana, VRMarina
 from shoal.runtimes import Local, rounds
 from shoal.theory import AB
 
@@ -292,6 +292,20 @@ REFUSED = [
     (lambda: Diana(RandK(3), shift=0.0), "shift=0.0"),
     (lambda: Diana(RandK(3), shift=1.5), "shift=1.5"),
     (lambda: Diana(RandK(3), shift=0.26).check(5, 12), r"at most 1/\(1\+omega\) = 0.25"),
+    (
+        lambda: Marina(RandK(3), p="x"),
+        r"Marina\(p='x'\): the probability of a full round is a number in \(0, 1\]; give",
+    ),
+    (lambda: Marina(RandK(3), p=True), "p=True"),
+    (lambda: VRMarina(RandK(3), p=2), r"VRMarina\(p=2\)"),
+    (lambda: MarinaP(RandK(3), p="x"), r"MarinaP\(p='x'\)"),
+    (lambda: TwoWayMarina(RandK(3), p=[1], downlink=RandK(3)), r"TwoWayMarina\(p=\[1\]\)"),
+    (lambda: TwoWayMarina(RandK(3), downlink="x"), r"TwoWayMarina\(downlink='x'\): a compressor"),
+    (lambda: VRDiana(RandK(3), p="x"), r"VRDiana\(p='x'\): the probability of a new reference point"),
+    (lambda: VRDiana(RandK(3), shift="x"), r"VRDiana\(shift='x'\)"),
+    (lambda: Diana(RandK(3), shift="x"), r"Diana\(shift='x'\).*\(0, 1/\(1\+omega\)\]; give one, or leave shift out"),
+    (lambda: Dasha(RandK(3), momentum="x"), r"Dasha\(momentum='x'\)"),
+    (lambda: Dasha(RandK(3), batch=2, p="x"), r"Dasha\(p='x'\)"),
     (lambda: Marina(RandK(13)).check(5, 12), "1..12"),
     (lambda: Diana(RandK(13)).check(5, 12), "1..12"),
     (lambda: DCGD(RandK(13)).check(5, 12), "1..12"),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from shoal.core import DENSE, Compressor, Gradient, Method, require
+from shoal.core import DENSE, Compressor, Gradient, Method, check_share, require
 from shoal.errors import ConfigError
 from shoal.messages import Messages, Round, Rows, Vector
 from shoal.methods.vr_marina import check_batch
@@ -51,10 +51,12 @@ class Dasha(Method):
     def __post_init__(self) -> None:
         require(self.compressor, "omega", "Dasha", "Use EF21 for a biased one, Marina for PermK and others with ab.")
         check_batch("Dasha", "batch", self.batch)
-        if self.momentum is not None and not 0.0 < self.momentum <= 1.0:
-            raise ConfigError(f"Dasha(momentum={self.momentum!r}): it is in (0, 1/(1+2 omega)].")
-        if self.p is not None and (self.batch is None or not 0.0 < self.p <= 1.0):
-            raise ConfigError(f"Dasha(batch={self.batch}, p={self.p!r}): p in (0, 1] goes with a batch, or leave both.")
+        check_share("Dasha", "momentum", self.momentum, "the momentum", "1/(1+2 omega)")
+        check_share("Dasha", "p", self.p, "the probability of a full round")
+        if self.p is not None and self.batch is None:
+            raise ConfigError(
+                f"Dasha(batch=None, p={self.p!r}): a probability goes with a batch; give both, or leave both out."
+            )
 
     def check(self, n: int, d: int) -> None:
         self.compressor.check(n, d)

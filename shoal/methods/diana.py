@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from shoal.core import Compressor, Gradient, Method, require
+from shoal.core import Compressor, Gradient, Method, check_share, require
 from shoal.errors import ConfigError
 from shoal.messages import Messages, Round, Rows, Vector
 from shoal.theory import Setting, StepSize, page
@@ -42,9 +42,9 @@ class Diana(Method):
     shift: float | None = None
 
     def __post_init__(self) -> None:
-        require(self.compressor, "omega", "Diana", "Use EF21 for a biased one, Marina for PermK and others with ab.")
-        if self.shift is not None and not 0.0 < self.shift <= 1.0:
-            raise ConfigError(f"Diana(shift={self.shift!r}): the shift's step is in (0, 1/(1+omega)].")
+        name, mend = type(self).__name__, "Use EF21 for a biased one, Marina for PermK and others with ab."
+        require(self.compressor, "omega", name, mend)
+        check_share(name, "shift", self.shift, "the shift's step", "1/(1+omega)")
 
     def check(self, n: int, d: int) -> None:
         self.compressor.check(n, d)

@@ -46,7 +46,7 @@ class EF21(Method):
     clients: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.compressor, "alpha", "EF21", "Use Marina or Diana for an unbiased compressor.")
+        require(self.compressor, "alpha", type(self).__name__, "Use Marina or Diana for an unbiased compressor.")
         r = self.clients
         if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
             raise ConfigError(f"EF21(clients={r!r}): a number of clients is an integer, at least one, or None for all.")

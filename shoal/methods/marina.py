@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from shoal.core import DENSE, Compressor, Gradient, Method, ab_for_inputs, require
+from shoal.core import DENSE, Compressor, Gradient, Method, ab_for_inputs, check_share, require
 from shoal.errors import ConfigError
 from shoal.messages import Messages, Round, Rows, Vector
 from shoal.theory import AB, Setting, StepSize, best_p, step_size, step_size_pl
@@ -42,9 +42,8 @@ class Marina(Method):
 
     def __post_init__(self) -> None:
         mend = "Use EF21 for a biased compressor, or RandK, PermK, Correlated here."
-        require(self.compressor, "ab", "Marina", mend)
-        if self.p is not None and not 0.0 < self.p <= 1.0:
-            raise ConfigError(f"Marina(p={self.p!r}): the probability of a full round is in (0, 1].")
+        require(self.compressor, "ab", type(self).__name__, mend)
+        check_share(type(self).__name__, "p", self.p, "the probability of a full round")
 
     def check(self, n: int, d: int) -> None:
         self.compressor.check(n, d)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from shoal.core import DENSE, Compressor, Gradient, Method, ab_for_inputs, gradients_at, require
+from shoal.core import DENSE, Compressor, Gradient, Method, ab_for_inputs, check_share, gradients_at, require
 from shoal.errors import ConfigError
 from shoal.messages import Messages, Round, Rows, Vector, checked_rows
 from shoal.theory import AB, Evidence, Setting, StepSize, best_p, gamma_points, page, step_size, step_size_pl
@@ -39,16 +39,7 @@ class MarinaP(Method):
     p: float | None = None
 
     def __post_init__(self) -> None:
-        require(self.downlink, "ab", "MarinaP", "Take RandK, PermK or another unbiased compressor.")
-        if self.downlink.agrees:
-            raise ConfigError(
-                f"MarinaP({self.downlink!r}): clients that agree on a scale send it up; nobody does so for the "
-                "downlink: take scale='own'."
-            )
-        if not hasattr(self.downlink, "alone") and not hasattr(self.downlink, "omega"):
-            raise ConfigError(f"MarinaP({self.downlink!r}): it has no omega of one client alone; take RandK or PermK.")
-        if self.p is not None and not 0.0 < self.p <= 1.0:
-            raise ConfigError(f"MarinaP(p={self.p!r}): the probability of a full round is in (0, 1].")
+        check_downlink("MarinaP", self.downlink, self.p)
 
     def check(self, n: int, d: int) -> None:
         self.downlink.check(n, d)
@@ -116,6 +107,21 @@ class MarinaP(Method):
 
     def estimate(self, server: Server, mean: Vector, rnd: Round) -> tuple[Vector, Server]:
         return mean, server
+
+
+def check_downlink(method: str, downlink: Compressor, p: float | None) -> None:
+    """Raise ConfigError, in this method's name, unless messages of the compressor can go down."""
+    if not isinstance(downlink, Compressor):
+        raise ConfigError(f"{method}(downlink={downlink!r}): a compressor, such as RandK(10).")
+    require(downlink, "ab", method, "Take RandK, PermK or another unbiased compressor for the downlink.")
+    if downlink.agrees:
+        raise ConfigError(
+            f"{method}(downlink={downlink!r}): clients that agree on a scale send it up; nobody does so for the "
+            "downlink: take scale='own'."
+        )
+    if not hasattr(downlink, "alone") and not hasattr(downlink, "omega"):
+        raise ConfigError(f"{method}(downlink={downlink!r}): it has no omega of one client alone; take RandK or PermK.")
+    check_share(method, "p", p, "the probability of a full round")
 
 
 def lemma_step(name: str, setting: Setting, Gamma: float, p: float, used: dict[str, Any], *known: Evidence) -> StepSize:

@@ -15,7 +15,7 @@ import torch
 
 from shoal.core import DENSE, Compressor, Gradient, Method, ab_for_inputs, gradients_at, require
 from shoal.messages import Messages, Round, Rows, Vector
-from shoal.methods.marina_p import MarinaP, lemma_step
+from shoal.methods.marina_p import MarinaP, check_downlink, lemma_step
 from shoal.theory import AB, Setting, StepSize, best_p
 
 
@@ -48,7 +48,7 @@ class TwoWayMarina(Method):
 
     def __post_init__(self) -> None:
         require(self.compressor, "ab", "TwoWayMarina", "Take RandK, PermK or another unbiased compressor.")
-        MarinaP(self.downlink, self.p)
+        check_downlink("TwoWayMarina", self.downlink, self.p)
 
     @property
     def _link(self) -> MarinaP:

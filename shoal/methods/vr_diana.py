@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from shoal.core import Gradient
+from shoal.core import Gradient, check_share
 from shoal.errors import ConfigError
 from shoal.messages import Messages, Round, Rows, Vector
 from shoal.methods.diana import Diana, Server
@@ -44,8 +44,7 @@ class VRDiana(Diana):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_batch("VRDiana", "batch", self.batch)
-        if self.p is not None and not 0.0 < self.p <= 1.0:
-            raise ConfigError(f"VRDiana(p={self.p!r}): the probability of a new reference point is in (0, 1].")
+        check_share("VRDiana", "p", self.p, "the probability of a new reference point")
 
     def resolved(self, setting: Setting) -> VRDiana:
         batch = percent(setting) if self.batch is None else self.batch
