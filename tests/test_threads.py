@@ -20,6 +20,7 @@ from shoal.compressors import Independent
 from shoal.kernels import Draw, cpu, reference
 from shoal.kernels.cpu import bits, threads
 from shoal.kernels.cpu.threads import LEAST, PIECES, spread
+from shoal.kernels.cpu.vectors import FAR
 from shoal.messages import Round
 
 D = 2 * LEAST + 777  # the least that two threads share, and the end of a tile, a block of words and a byte
@@ -118,6 +119,20 @@ def odd_one(x, lo, hi):
     return found
 
 
+def test_rows_that_come_from_memory():
+    """What long rows are made of has the bits of their parts; and for parts of a block, those of the reference."""
+    d, rng = FAR + 776, np.random.default_rng(2)
+    half = d // 16 * 8
+    for m in (3, 40):
+        payload, r = torch.from_numpy(rng.integers(0, 256, (m, d // 8), np.uint8)), torch.full((m,), 1.5)
+        parts = [cpu.mean_bits(payload[:, a // 8 : b // 8], r, b - a, m) for a, b in ((0, half), (half, d))]
+        assert torch.equal(cpu.mean_bits(payload, r, d, m), torch.cat(parts))
+    u = torch.from_numpy(rng.standard_normal((1, d), np.float32))
+    for parts in (16, 1000):
+        args = (u, Draw(torch.tensor([9]), 7, 1, 5), torch.tensor([3]), parts, -(-d // parts))
+        assert torch.equal(cpu.gather_dealt(*args), reference.gather_dealt(*args))
+
+
 def test_ranges_cover_everything_once(three_threads):
     for size in (1, 99, 100, 1000, 1001, 1023, 1024, 3000):
         seen = np.zeros((2, size), np.int64)
@@ -176,6 +191,7 @@ def test_nobody_watches_an_empty_board_for_long(three_threads):
     assert encoded() == encoded()
 
 
+@pytest.mark.slow
 def test_an_interpreter_ends_while_threads_watch():
     """Right after a task, with threads that still look for the next."""
     code = (
