@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from rich.console import Console
 from rich.table import Table
 
 from shoal.compressors import Correlated
-from shoal.compressors.correlated import agree_locally
 from shoal.experiments.timing import machine_line, normal_rows
 from shoal.messages import Round
 from shoal.runtimes.peers import Peers
@@ -52,11 +52,13 @@ def raise_loopback() -> None:
 def rank(d: int, seconds: float) -> list[dict[str, Any]]:
     """One rank's part: every kind of exchange, again and again for some seconds, after one that is not counted."""
     world, me = dist.get_world_size(), torch.tensor([dist.get_rank()])
-    whole, code, found = Round.full(1, 0, world), Correlated(), []
-    u = normal_rows(world, d, 0) if world * d < 2**20 else normal_rows(1, d, 0).expand(world, d)
-    rnd = agree_locally(u, code, whole)
-    mine = code.encode(u[me], rnd.rows(me))
-    rows = u[me[0]].clone()
+    code, rnd, found = Correlated(), Round.full(1, 0, world), []
+    u = normal_rows(1, d, int(me))  # every rank's are its own: sums of the same gradients would be shorter
+    scale = code.prepare(u, rnd.rows(me))
+    dist.all_reduce(scale, dist.ReduceOp.MAX)
+    rnd = replace(rnd, agreed=float(scale))
+    mine = code.encode(u, rnd.rows(me))
+    rows = u[0].clone()
 
     def measured(kind: str, exchange: Callable[[], object], moved: Callable[[], int]) -> None:
         exchange()

@@ -173,7 +173,8 @@ def joined(*parts: Tensor) -> Tensor:
     """
     if not parts[0].is_cpu:
         return torch.cat(parts, 1)
-    return torch.from_numpy(np.concatenate([part.numpy() for part in parts], 1))
+    whole = np.concatenate([part.cpu().numpy() for part in parts], 1)
+    return torch.as_tensor(whole, device=parts[0].device)
 
 
 def finite_floats(b: Tensor, gain: float = 1.0) -> Tensor:

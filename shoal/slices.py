@@ -1,13 +1,13 @@
 """Cutting the messages of a round by coordinates, so that each of several processes adds up one slice of them all.
 
 A slice is a message of the same code with fewer coordinates. What comes back of it is its part of the mean: as float32,
-or, where all clients share one scale, as the sum of their codes, which takes few bits and says the same bit for bit
-(docs/derivations/slices.md; the layout of both is in docs/wire.md).
+or, where all clients share one scale, as the sum of their codes, which takes few bits in a prefix code and says the
+same bit for bit (docs/derivations/slices.md; the layout of both is in docs/wire.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -93,8 +93,10 @@ class Slices:
         return self.tally.sums(self.cohort) if self.tally is not None else 0
 
     def folded(self, lo: int, hi: int) -> int:
-        """Bytes of the mean of a slice."""
-        return packed_bytes(hi - lo, self._sums) if self._sums else 4 * (hi - lo)
+        """Bytes of the mean of a slice: the most, where it comes back as sums of codes."""
+        if not self._sums:
+            return 4 * (hi - lo)
+        return 1 + packed_bytes(hi - lo, self._sums) if hi > lo else 0
 
     def fold(self, part: Messages, lo: int) -> Tensor:
         """(bytes,) uint8: the mean of the cohort's messages of coordinates lo, lo + 1, ...
@@ -112,17 +114,22 @@ class Slices:
             raise PayloadError(f"a code lies outside 0..{self.tally.levels - 1}.")
         return body
 
-    def unfold(self, body: Tensor, lo: int, hi: int) -> Vector:
-        """The mean's coordinates lo..hi-1 from what `fold` made of them.
+    def unfold(self, bodies: Sequence[Tensor], bounds: Sequence[tuple[int, int]]) -> Vector:
+        """The mean of the slices `bounds`, one behind the other, from what `fold` made of each.
 
-        Raises LengthError for another number of bytes, PayloadError for bytes that no `fold` writes.
+        Raises LengthError for a number of bytes that it cannot be, PayloadError for bytes that no `fold` writes.
         """
-        if len(body) != self.folded(lo, hi):
-            raise LengthError(f"{len(body)} bytes of a mean of {hi - lo} coordinates, not {self.folded(lo, hi)}.")
+        for body, (lo, hi) in zip(bodies, bounds, strict=True):
+            size, most = len(body), self.folded(lo, hi)
+            if size > most or (size < most and not self._sums):
+                rule = "at most" if self._sums else "not"
+                raise LengthError(f"{size} bytes of a mean of {hi - lo} coordinates, {rule} {most}.")
         if not self._sums:
-            return finite_floats(body[None])[0]
+            return torch.cat([finite_floats(body[None])[0] for body in bodies])
         assert self.tally is not None
-        mean, beyond = kernels.of(body).unfold_codes(body, self.tally.means(self.cohort), hi - lo)
-        if beyond:
-            raise PayloadError(f"a sum of {self.cohort} codes lies outside 0..{self._sums - 1}.")
+        means, counts = self.tally.means(self.cohort), [hi - lo for lo, hi in bounds]
+        mean, good = kernels.of(bodies[0]).unfold_codes(bodies, means, counts)
+        if not good.all():
+            lo, hi = bounds[int(good.int().argmin())]
+            raise PayloadError(f"coordinates {lo}..{hi - 1}: these bytes are no sums of {self.cohort} codes each.")
         return mean

@@ -61,6 +61,17 @@ def swap(more: int = 0, expected: int = 0) -> Callable[[Replicated], Any]:
     return call
 
 
+def uneven(more: int = 0, bound: int = 0, what: str = "") -> Callable[[Replicated], Any]:
+    """Rank r brings r bytes of at most 2 r."""
+
+    def call(channel: Replicated) -> list[Tensor]:
+        world, me = channel.peers.world, channel.peers.rank
+        most = [2 * r + (bound if r == 0 else 0) for r in range(world)]
+        return channel.peers.gather(torch.zeros(me + more, dtype=torch.uint8), most, what)
+
+    return call
+
+
 def every(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Callable[[Replicated], Any]:
     return lambda channel: channel.peers.all(torch.zeros(shape, dtype=dtype))
 
@@ -78,12 +89,13 @@ def hello(**change: Any) -> Callable[[Replicated], None]:
 FIELDS = {name: f"{value} or so" if isinstance(value, str) else 77 for name, value in flat(CONFIG).items()}
 CALLS: dict[str, Callable[[Replicated], Any]] = {
     "gather": gather(), "agree": agree, "swap": swap(), "barrier": lambda channel: channel.peers.barrier(),
-    "all": every((3, 4)), "hello": hello(),
+    "all": every((3, 4)), "uneven": uneven(), "hello": hello(),
     "collect": lambda channel: channel.collect(torch.zeros(len(channel.clients)), torch.zeros(len(channel.clients), 4)),
     "gather TopK": gather(TopK(3)), "gather RandK(4)": gather(RandK(4)), "gather d=13": gather(d=13),
     "gather a round late": gather(late=1), "all of more": every((5, 4)), "all of less": every((2, 4)),
     "all in int32": every((3, 4), torch.int32), "all in float64": every((3, 2), torch.float64),
     "swap of more": swap(more=3), "swap for less": swap(expected=-1),
+    "uneven beyond": uneven(more=9), "uneven of another bound": uneven(bound=1), "uneven else": uneven(what="else"),
     **{f"hello {name}": hello(**{name: value}) for name, value in FIELDS.items()},
     "hello without seed": hello(seed="left out"),
 }  # fmt: skip
@@ -128,12 +140,17 @@ OTHERS: list[tuple[str, str, type[ShoalError], str]] = [
     ("all", "all in float64", ConfigMismatch, "torch.float64"),
     ("swap", "swap of more", LengthError, "bytes for rank 2"),
     ("swap", "swap for less", LengthError, "expects"),
+    ("uneven", "uneven beyond", LengthError, "bytes of at most"),
+    ("uneven", "uneven of another bound", LengthError, "the most bytes"),
+    ("uneven", "uneven else", ConfigMismatch, "else"),
+    ("uneven", "all", RoundMismatch, "an uneven all-gather"),
+    ("swap", "uneven", RoundMismatch, "an all-to-all"),
     ("hello", "hello without seed", ConfigMismatch, "seed: "),
     *(("hello", f"hello {name}", ConfigMismatch, f"{name}: ") for name in FIELDS),
 ]
 CASES = [
     *(Case(call, rank, error, change, names=names)
-      for call in ("gather", "agree", "swap", "barrier", "hello")
+      for call in ("gather", "agree", "swap", "uneven", "barrier", "hello")
       for change, error, names in HEADER for rank in range(3)),
     *(Case(call, rank, error, other=other, names=names) for call, other, error, names in OTHERS for rank in range(3)),
 ]  # fmt: skip

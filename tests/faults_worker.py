@@ -170,10 +170,10 @@ def death(place: str, victims: list[int], world: int = 4) -> dict[str, Any]:
             if mine and place == "round":
                 at = 20
 
-                def fence(kind: int, body: bytes, nbytes: int = 0) -> None:
+                def fence(kind: int, body: bytes, nbytes: int = 0) -> list[int]:
                     if peers.lines.number > at:
                         die()
-                    Peers._fence(peers, kind, body, nbytes)
+                    return Peers._fence(peers, kind, body, nbytes)
 
                 peers._fence = fence  # type: ignore[method-assign]
             if mine and place == "exchange":

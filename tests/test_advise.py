@@ -37,13 +37,13 @@ QUIET = lambda label, share: None  # noqa: E731
 CODES = [Dense(), Correlated(), Rotated(Correlated()), QSGD(7), TopK(0.01), PermK()]
 
 
-def play_of(code, kind, world, d, channels):
-    """One exchange of `world` ranks with rows of their own; channels[rank] is kept."""
-    rows = normal_rows(world, d, 0)
+def play_of(code, kind, world, d, channels, rows=None):
+    """One exchange of `world` ranks, with rows of their own or with these in turn; channels[rank] is kept."""
+    rows = normal_rows(world, d, 0) if rows is None else [rows[rank % len(rows)] for rank in range(world)]
 
     def play(peers):
         channel = channels[peers.rank] = KINDS[kind](world, b"advised.", peers)
-        return reduce(channel, code, rows[peers.rank], Round.full(3, 0, world, torch.tensor([peers.rank]))).mean
+        return reduce(channel, code, rows[peers.rank], Round.full(0, 0, world, torch.tensor([peers.rank]))).mean
 
     return play
 
@@ -134,10 +134,15 @@ def test_every_bucket_is_rehearsed(code):
     work = Workload("w", 1.0, 0.0, (Bucket(5000, 300, 0.5), Bucket(0, 40, 0.7), Bucket(4000, 0, 1.0)),
                     tuple(normal_rows(1, 9340, k)[0] for k in range(3)))  # fmt: skip
     way = compressed(code, work, 4, KINDS["auto"], 1)
-    whole, plain = (rehearsed(4, play_of(c, "auto", 4, d, {})).moved for c, d in ((code, 5000), (Dense(), 300)))
-    alone = rehearsed(4, play_of(Dense(), "auto", 4, 40, {})).moved
+    parts = list(work.parts())
+
+    def moved(c, d, rows=None):
+        return rehearsed(4, play_of(c, "auto", 4, d, {}, rows)).moved
+
+    # A prefix code is as long as it is for this very data.
+    first, last = ([u for u, _ in parts[k]] for k in (0, 2))
     assert [part.moved for part in way.parts] == [
-        whole + plain, alone, rehearsed(4, play_of(code, "auto", 4, 4000, {})).moved
+        moved(code, 5000, first) + moved(Dense(), 300), moved(Dense(), 40), moved(code, 4000, last)
     ]  # fmt: skip
     assert way.bits == pytest.approx(8 * sum(part.moved for part in way.parts) / 9340)
     assert way.name == compact(code)

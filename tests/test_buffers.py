@@ -26,6 +26,7 @@ USERS = (
     "rotation",
     "sparse",
     "strata",
+    "sums_of_codes",
     "tables",
     "turned",
 )
@@ -81,7 +82,11 @@ def used(shape: tuple[int, ...] | int, dtype: type) -> np.ndarray:
 def results(code, u: Tensor) -> list[bytes]:
     rnd = round_of(code, u, 3, 5)
     sent = code.encode(u, rnd)
-    out = (sent.payload, sent.nbytes, code.decode(sent, rnd), code.aggregate(sent, rnd))
+    out = [sent.payload, sent.nbytes, code.decode(sent, rnd), code.aggregate(sent, rnd)]
+    slices = code.slices(u.shape[1], rnd)
+    if slices is not None:
+        out.append(slices.fold(slices.cut(sent, 0, slices.d), 0))
+        out.append(slices.unfold(out[-1:], [(0, slices.d)]))
     return [tensor.contiguous().numpy().tobytes() for tensor in out]
 
 

@@ -46,7 +46,7 @@ from shoal.runtimes import Local, meeting, rounds
 from shoal.runtimes.group import checked_timeout
 from shoal.runtimes.lines import Lines
 from shoal.runtimes.meeting import meet
-from shoal.runtimes.signals import ALL, BYE, FAULT, LONGEST, SIZE, Signal, first, judge
+from shoal.runtimes.signals import ALL, BYE, FAULT, GATHER, LONGEST, SIZE, Signal, bounds, first, judge
 
 TESTS = Path(__file__).resolve().parent
 
@@ -117,6 +117,24 @@ def test_a_body_that_is_no_json_is_a_wire_error():
                 judge([Signal(kind, 0, 1, 0, body=body)])
     with pytest.raises(LengthError, match="all-to-all"):
         judge([Signal(2, 0, 1, 0, body=b"short")])
+    with pytest.raises(LengthError, match="1 bounds"):
+        judge([Signal(GATHER, 0, 1, 0, body=b"short")])
+
+
+def test_an_uneven_gather_is_judged_by_its_bounds():
+    """Two ranks may bring 3 and 5 bytes, any number up to that; all hear of the one that brings more."""
+
+    def said(sizes: list[int], most: tuple[list[int], list[int]] = ([3, 5], [3, 5])) -> None:
+        judge([Signal(GATHER, r, 2, 0, nbytes=sizes[r], body=bounds(most[r], "x")) for r in range(2)])
+
+    said([0, 5])
+    said([3, 0])
+    with pytest.raises(LengthError, match="rank 0 brings 4 bytes of at most 3"):
+        said([4, 5])
+    with pytest.raises(LengthError, match="rank 1 brings 6 bytes of at most 5"):
+        said([3, 6])
+    with pytest.raises(LengthError, match=r"rank 0: \[3, 5\]; rank 1: \[3, 6\]"):
+        said([0, 0], ([3, 5], [3, 6]))
 
 
 @pytest.mark.parametrize("clients", ["5", '["x"]', "[1e999]", "[[1]]", "[null, 1]", "{}"])

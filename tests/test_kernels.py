@@ -344,14 +344,13 @@ def summed(ops: ModuleType, v: Inputs) -> list[object]:
 
 
 def counted(ops: ModuleType, v: Inputs) -> list[object]:
-    """Few and many digits a byte; then a group at its end, which no digits make unless the base is a power of two."""
+    """Two bodies of few and of many digits a byte; then bytes that no digits make unless the base is a power of two."""
     out: list[object] = []
     for levels in (2, 3, 17, 256):
         body, _ = reference.fold_codes(reference.pack(v.codes(levels), (levels - 1).bit_length()), levels, v.d)
         values = torch.from_numpy(v.rng.normal(size=v.m * (levels - 1) + 1).astype(np.float32))
-        out += ops.unfold_codes(body, values, v.d)
-        body[-1] = 255
-        out += ops.unfold_codes(body, values, v.d)
+        out += ops.unfold_codes([body, body], values, [v.d, v.d])
+        out += ops.unfold_codes([body, torch.full_like(body, 255)], values, [v.d, v.d])
     return out
 
 

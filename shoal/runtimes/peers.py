@@ -1,4 +1,4 @@
-"""The ranks of a process group and the two ways in which they exchange bytes.
+"""The ranks of a process group and the three ways in which they exchange bytes.
 
 Bytes alone travel, in uint8: gloo reads another type's bytes without a word, sums strided tensors wrongly and ends the
 process where sizes differ. So every exchange has a fence in front: each rank tells all others, over lines of its own,
@@ -24,7 +24,7 @@ from torch import Tensor
 from shoal.errors import NonFiniteError
 from shoal.runtimes.lines import TIMEOUT, Lines
 from shoal.runtimes.meeting import meet
-from shoal.runtimes.signals import ALL, BARRIER, FAULT, HELLO, SWAP, Signal, fault, judge, table
+from shoal.runtimes.signals import ALL, BARRIER, FAULT, GATHER, HELLO, SWAP, Signal, bounds, fault, judge, table
 from shoal.wire import digest
 
 _LINES: WeakKeyDictionary[dist.ProcessGroup, Lines] = WeakKeyDictionary()
@@ -52,14 +52,15 @@ class Peers:
         _LINES[known] = self.lines
         self.digest, self.round = bytes(8), 0
 
-    def _fence(self, kind: int, body: bytes, nbytes: int = 0) -> None:
-        """Returns once all ranks are about to do the same."""
+    def _fence(self, kind: int, body: bytes, nbytes: int = 0) -> list[int]:
+        """Returns once all ranks are about to do the same: how many bytes each of them brings."""
         signal = Signal(
             kind, self.rank, self.world, self.lines.number, self.round, nbytes, self.digest, self.lines.attempt, body
         )
         signals, sent = self.lines.exchange(signal)
         self.moved += sent
         judge(signals)
+        return [one.nbytes for one in signals]
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -113,6 +114,17 @@ class Peers:
                 )
             )  # fmt: skip
         return list(out.split(list(sizes)))
+
+    def gather(self, mine: Tensor, most: Sequence[int], what: str = "") -> list[Tensor]:
+        """Every rank's bytes, in rank order, (b,) uint8: of rank r any number up to most[r], which all ranks know. What
+        each brings stands in the signals."""
+        sizes = self._fence(GATHER, bounds(most, _brief(what or "bytes")), len(mine))
+        nothing = mine[:0]
+        pieces = [nothing if rank == self.rank else mine for rank in range(self.world)]
+        out = self._swapped(pieces, [0 if rank == self.rank else size for rank, size in enumerate(sizes)])
+        out[self.rank] = mine
+        self.moved += len(mine) * (self.world - 1)
+        return out
 
     def barrier(self) -> None:
         """Returns when all ranks are here."""

@@ -86,6 +86,14 @@ class Timed(Peers):
         finally:
             self.seconds += time.perf_counter() - began
 
+    def gather(self, mine: Tensor, most: Sequence[int], *more: Any) -> list[Tensor]:
+        """As `Peers.gather`."""
+        began = time.perf_counter()
+        try:
+            return super().gather(mine, most, *more)
+        finally:
+            self.seconds += time.perf_counter() - began
+
 
 def feedback_of(code: Compressor, asked: bool | None, name: str) -> bool:
     """Whether what a message left out is remembered: asked=None, where a compressor is biased.

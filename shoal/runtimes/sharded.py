@@ -1,8 +1,9 @@
-"""torch.distributed, each rank adding up one slice: an uneven all-to-all of slices, then an all-gather of their means.
+"""torch.distributed, each rank adding up one slice: an uneven all-to-all of slices, an uneven all-gather of means.
 
 A rank that hosts m of n clients sends (W-1)/W of its m messages up and (W-1)/W of one mean down, however many ranks W
 there are; `Replicated` sends its m messages W - 1 times. The mean comes back as the sums of the clients' codes where
-they share one scale, else as float32: in both cases it is the mean of the simulator bit for bit (docs/ranks.md).
+they share one scale, in a prefix code, else as float32: in both cases it is the mean of the simulator bit for bit
+(docs/ranks.md).
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Sharded(Replicated):
         return mean
 
     def _worth(self, slices: Slices, capacity: int, rnd: Round) -> bool:
-        """Whether the busiest rank sends fewer bytes than if all messages were gathered whole."""
+        """Whether the busiest rank sends fewer bytes than if all messages were gathered whole, however long the means
+        get: how short they are is known only behind the first exchange."""
         if self.cut == "always":
             return True
         counts, bounds, others = self.counts(rnd), slices.bounds(self.peers.world), self.peers.world - 1
@@ -96,18 +98,12 @@ class Sharded(Replicated):
 
     def _gathered(self, body: Tensor, slices: Slices, d: int, rnd: Round) -> Vector:
         """All slices' means, of which this rank has made one."""
-        bounds = slices.bounds(self.peers.world)
-        sizes = [slices.folded(lo, hi) for lo, hi in bounds]
-        stamp = self._stamp(MEAN, d, self.peers.world, rnd)
-        me = torch.tensor([self.peers.rank])
-        mine = frame(body[None], torch.tensor([len(body)]), me, stamp, max(sizes))
-        heard = self.peers.all(mine, "means of slices")
-        parts = []
-        for rank, (frames, (lo, hi), size) in enumerate(zip(heard, bounds, sizes, strict=True)):
-            said = _unframed(frames[0], stamp, rank, size)
-            if hi > lo:
-                parts.append(slices.unfold(said, lo, hi))
-        return torch.cat(parts)
+        bounds, stamp = slices.bounds(self.peers.world), self._stamp(MEAN, d, self.peers.world, rnd)
+        me, size = torch.tensor([self.peers.rank]), torch.tensor([len(body)])
+        mine = frame(body[None], size, me, stamp, len(body))[0]
+        heard = self.peers.gather(mine, [HEADER + slices.folded(lo, hi) for lo, hi in bounds], "means of slices")
+        said = [_unframed(piece, stamp, rank, len(piece) - HEADER) for rank, piece in enumerate(heard)]
+        return slices.unfold(said, bounds)
 
     def _stamp(self, kind: int, d: int, cohort: int, rnd: Round) -> Stamp:
         return Stamp(rng.LAYOUT, kind, rnd.index, cohort, d, self.digest)

@@ -4,7 +4,7 @@
     0       4      magic, b"SHOS"
     4       2      format version (wire.VERSION)
     6       1      layout of the random streams (rng.LAYOUT)
-    7       1      kind: 0 hello, 1 all, 2 swap, 3 barrier, 4 fault, 5 roll call, 6 farewell
+    7       1      kind: 0 hello, 1 all, 2 swap, 3 barrier, 4 fault, 5 roll call, 6 farewell, 7 gather
     8       4      attempt (restarts of the group)
     12      4      round
     16      4      rank of the sender
@@ -15,7 +15,7 @@
     40      8      digest of the run's config
     48      4      CRC-32 (zlib) of the header with this field zero, then the body
     52      12     zero
-    64             body: what is exchanged in words, a swap's sizes, a config, or what went wrong
+    64             body: what is exchanged in words, a swap's sizes, a gather's bounds, a config, or what went wrong
 
 All little-endian. Every rank holds every rank's signal before it judges, so all come to the same verdict.
 """
@@ -41,8 +41,11 @@ from shoal.errors import (
 )
 from shoal.wire import VERSION
 
-HELLO, ALL, SWAP, BARRIER, FAULT, ROLL, BYE = range(7)
-KINDS = ("a handshake", "an all-gather", "an all-to-all", "a barrier", "a fault", "a roll call", "a farewell")
+HELLO, ALL, SWAP, BARRIER, FAULT, ROLL, BYE, GATHER = range(8)
+KINDS = (
+    "a handshake", "an all-gather", "an all-to-all", "a barrier", "a fault", "a roll call", "a farewell",
+    "an uneven all-gather",
+)  # fmt: skip
 SIZE = 64
 LONGEST = 2**20  # bytes of a body
 _MAGIC = b"SHOS"
@@ -144,6 +147,8 @@ def judge(signals: Sequence[Signal]) -> None:
         _same("the number of bytes", [x.nbytes for x in s], LengthError, COMMAND)
     if s[0].kind == SWAP:
         _judge_swap(s)
+    if s[0].kind == GATHER:
+        _judge_gather(s)
     if s[0].kind == HELLO:
         _judge_configs(s)
 
@@ -196,6 +201,23 @@ def _judge_swap(s: Sequence[Signal]) -> None:
             if row[j] != other[world + i]:
                 raise LengthError(f"rank {i} has {row[j]} bytes for rank {j}, which expects {other[world + i]}. "
                                   f"{COMMAND}")  # fmt: skip
+
+
+def bounds(most: Sequence[int], what: str) -> bytes:
+    """The body of a gather: the most bytes that each rank may bring, and what they are."""
+    return struct.pack(f"<{len(most)}Q", *most) + what.encode()
+
+
+def _judge_gather(s: Sequence[Signal]) -> None:
+    world = len(s)
+    if any(len(x.body) < 8 * world for x in s):
+        raise LengthError(f"an uneven all-gather of {world} ranks names {world} bounds, not {len(s[0].body) // 8}.")
+    _same("what is exchanged", [x.body[8 * world :].decode(errors="replace") for x in s], ConfigMismatch, COMMAND)
+    rows = [list(struct.unpack_from(f"<{world}Q", x.body)) for x in s]
+    _same("the most bytes of each", rows, LengthError, COMMAND)
+    for x, most in zip(s, rows[0], strict=True):
+        if x.nbytes > most:
+            raise LengthError(f"rank {x.rank} brings {x.nbytes} bytes of at most {most}. {COMMAND}")
 
 
 def _judge_configs(s: Sequence[Signal]) -> None:

@@ -1,4 +1,4 @@
-"""Golden bytes: every compressor's payload for one fixed input, seed and round, and one frame.
+"""Golden bytes: every compressor's payload for one fixed input, seed and round, one frame, and means of slices.
 
 `python tests/golden/make.py` writes them again; a difference is a change of results and belongs in CHANGELOG.md.
 """
@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE.parent), str(ROOT)]
 
 import zoo  # noqa: E402
 
-from shoal import rng, wire  # noqa: E402
+from shoal import kernels, rng, wire  # noqa: E402
 from shoal.compressors.correlated import agree_locally  # noqa: E402
 from shoal.messages import Round  # noqa: E402
 
@@ -52,6 +53,19 @@ def frame() -> str:
     return wire.frame(body, torch.tensor([5]), torch.tensor([6]), stamp(), 7).numpy().tobytes().hex()
 
 
+def means() -> dict[str, str]:
+    """What `fold_codes` says of 50 sums of four bits, as digits, and of 500 that are mostly alike, in its prefix code,
+    in hex."""
+    alike = [2 + (j % 7 == 0) - (j % 50 == 3) for j in range(500)]
+    sums = {"digits": [j * j % 5 for j in range(50)], "coded": alike}
+    out = {}
+    for name, those in sums.items():
+        codes = torch.tensor([[int(i < one) for one in those] for i in range(4)])
+        out[name] = kernels.reference.fold_codes(kernels.reference.pack(codes, 1), 2, len(those))[0].numpy()
+    return {name: body.tobytes().hex() for name, body in out.items()}
+
+
 if __name__ == "__main__":
     (HERE / "payloads.json").write_text(json.dumps(payloads(), indent=1) + "\n")
     (HERE / "frame.json").write_text(json.dumps({"frame": frame()}, indent=1) + "\n")
+    (HERE / "means.json").write_text(json.dumps(means(), indent=1) + "\n")

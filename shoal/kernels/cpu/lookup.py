@@ -137,3 +137,26 @@ def put_word(typing, out, at, word):
         return context.get_dummy_value()
 
     return types.void(out, types.int64, types.uint64), emit
+
+
+@intrinsic
+def take_word(typing, source, at):
+    """Eight bytes of `source` from byte `at` on, which need not be a multiple of 8."""
+
+    def emit(context, b, signature, args):
+        return _load(b, _at(context, b, signature.args[0], args[0], args[1]), _I64)
+
+    return types.uint64(source, types.int64), emit
+
+
+@intrinsic
+def put_four(typing, out, at, table, start):
+    """out[at : at + 4] = table[start : start + 4], float32, neither of which need be a multiple of 4."""
+
+    def emit(context, b, signature, args):
+        kinds, four = signature.args, ir.VectorType(_F32, 4)
+        values = _load(b, _at(context, b, kinds[2], args[2], args[3]), four)
+        _store(b, values, _at(context, b, kinds[0], args[0], args[1]))
+        return context.get_dummy_value()
+
+    return types.void(out, types.int64, table, types.int64), emit

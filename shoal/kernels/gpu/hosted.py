@@ -29,6 +29,8 @@ def _devices(arguments: Iterable[Any]) -> Iterator[torch.device]:
     for x in arguments:
         if isinstance(x, Tensor | Draw):
             yield x.slots.device if isinstance(x, Draw) else x.device
+        elif isinstance(x, list | tuple):
+            yield from _devices(x)
 
 
 def hosted(name: str) -> Callable[..., Any]:
