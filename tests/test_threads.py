@@ -27,7 +27,9 @@ D = 2 * LEAST + 777  # the least that two threads share, and the end of a tile, 
 
 
 @pytest.fixture
-def three_threads() -> Iterator[None]:
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Three threads, woken for whatever they are called for."""
+    monkeypatch.setattr(threads, "WAKE", 2)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -188,7 +190,15 @@ def test_nobody_watches_an_empty_board_for_long(three_threads):
     before = time.process_time()
     time.sleep(0.1)
     assert time.process_time() - before < 0.05
-    assert encoded() == encoded()
+    before = encoded()
+    assert encoded() == before
+    while len(threads._crew.asleep) < threads._crew.size and time.monotonic() < deadline:
+        time.sleep(0.01)
+    seen = np.zeros((2, 200), np.int64)
+    threads.WAKE = 8  # nobody is woken for little, and the caller does it
+    spread(note, (seen,), 200, 1, 50)
+    assert (seen[1] == 1).all()
+    assert np.count_nonzero(seen[0]) == 1
 
 
 @pytest.mark.slow
