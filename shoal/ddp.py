@@ -31,11 +31,12 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from shoal.core import DENSE, Compressor
-from shoal.errors import ConfigError, NonFiniteError, ResumeMismatch
+from shoal.errors import ConfigError, NonFiniteError, PeerLost, ResumeMismatch, WireError
 from shoal.experiments.expressions import compact, known_names, parse
+from shoal.experiments.folder import versions
 from shoal.messages import Vector
 from shoal.rng import checked_seed
-from shoal.runtimes.reduce import GradBucket, Link, Traffic, dense_mean, feedback_of, rehearse
+from shoal.runtimes.reduce import GradBucket, Link, Traffic, dense_mean, feedback_of, rehearse, world_of
 
 __all__ = ["Handle", "attach"]
 
@@ -99,13 +100,15 @@ class Handle:
         self.step = 0
         self._link, self._scaler, self._ddp_group = link, scaler, ddp.process_group
         self._names = {id(p): name for name, p in ddp.module.named_parameters()}
-        self._sizes = {k: p.numel() for k, p in ddp.module.named_parameters() if p.requires_grad}
+        self._sizes = {k: p.numel() for k, p in ddp.module.named_parameters()}
+        self._frozen = {k for k, p in ddp.module.named_parameters() if not p.requires_grad}
         self._memory: dict[str, Vector] = {}
         self._staged: dict[str, Vector] = {}  # memories of a step that is not complete
         self._plans: dict[tuple[tuple[str, ...], bool], Plan] = {}
         self._skipped: NonFiniteError | None = None  # of the step under way
         self._broken: BaseException | None = None  # for good
         self._open = True
+        self._gate = ddp.register_forward_pre_hook(self._fence)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="shoal.ddp", daemon=True)
         self._thread.start()
@@ -117,6 +120,11 @@ class Handle:
         buffer = bucket.buffer()
         if not self._open:
             return dense_mean(buffer, self._ddp_group)
+        if torch._C._current_graph_task_id() == -1:
+            raise ConfigError(
+                "a rank has run out of inputs under DDP.join, which calls hooks outside of backward: give all ranks as "
+                "many batches, or join(throw_on_early_termination=True)."
+            )
         future: Any = Future(devices=[buffer.device] if buffer.is_cuda else None)
         plan = self._plan([self._names[id(p)] for p in bucket.parameters()], dense=self.step < self.start)
         scaler = self._scaler if self._scaler is not None and self._scaler.is_enabled() else None
@@ -142,6 +150,19 @@ class Handle:
             lo += size
         self._plans[tuple(names), dense] = plan
         return plan
+
+    def _fence(self, ddp: DistributedDataParallel, _: Any) -> None:
+        """In front of the buffers that DDP broadcasts by itself: it would wait for a lost rank for as long as its own
+        group does, and name nobody."""
+        if not self._open or not ddp.will_sync_module_buffers():
+            return
+        if self._broken is None:
+            try:
+                self._link.peers.barrier()
+            except (PeerLost, WireError) as error:
+                self._broken = error
+        if self._broken is not None:
+            raise self._broken
 
     def _settle(self) -> None:
         """The end of `backward`: raise what went wrong in the thread."""
@@ -240,8 +261,7 @@ class Handle:
         """
         state: dict[str, Any] = self._facts() | {"step": self.step}
         if self.error_feedback:
-            own = {k: self._remembered(k) for k, size in self._sizes.items() if size >= self.min_numel}
-            state |= {self._key(name): values for name, values in own.items()}
+            state |= {self._key(name): self._remembered(name) for name in self._kept()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -251,23 +271,28 @@ class Handle:
         for name, value in self._facts().items():
             if state.get(name) != value:
                 raise ResumeMismatch(f"the state's {name} is {state.get(name)!r}, here it is {value!r}: attach alike.")
-        own = {}
-        if self.error_feedback:
-            for name, size in self._sizes.items():
-                if size < self.min_numel:
-                    continue
-                held = state.get(self._key(name))
-                if held is None or held.shape != (size,):
-                    raise ResumeMismatch(
-                        f"the state has no {self._key(name)} of {size} numbers: it is another rank's, or another "
-                        "model's. Each rank loads what it saved."
-                    )
-                own[name] = held.detach().to("cpu", torch.float32).clone()
-        self._memory, self.step = own, int(state["step"])
+        step, own = state.get("step"), {}
+        if not isinstance(step, int) or step < 0:
+            raise ResumeMismatch(f"the state's step is {step!r}: a number of steps, as state_dict() has it.")
+        for name in self._kept() if self.error_feedback else ():
+            held, size = state.get(self._key(name)), self._sizes[name]
+            if not isinstance(held, Tensor) or held.shape != (size,):
+                raise ResumeMismatch(
+                    f"the state has no {self._key(name)} of {size} numbers: it is another rank's, or another "
+                    "model's. Each rank loads what it saved."
+                )
+            own[name] = held.detach().to("cpu", torch.float32).clone()
+        self._memory, self.step = own, step
+
+    def _kept(self) -> list[str]:
+        """The parameters that a memory may belong to."""
+        return [k for k, size in self._sizes.items() if size >= self.min_numel and k not in self._frozen]
 
     def _facts(self) -> dict[str, Any]:
-        code = compact(self.compressor)
-        return {"world": self._link.world, "seed": self.seed, "compressor": code, "min_numel": self.min_numel}
+        return {
+            "world": self._link.world, "seed": self.seed, "compressor": compact(self.compressor), "start": self.start,
+            "min_numel": self.min_numel, "error_feedback": self.error_feedback,
+        }  # fmt: skip
 
     def _key(self, name: str) -> str:
         return f"memory.rank{self._link.rank}.{name}"
@@ -280,6 +305,7 @@ class Handle:
         if not self._open:
             return
         self._open = False
+        self._gate.remove()
         atexit.unregister(self.close)
         self._jobs.put(None)
         self._thread.join()
@@ -329,19 +355,26 @@ def attach(
     code = parse(compressor, known_names(), Compressor) if isinstance(compressor, str) else compressor
     if not isinstance(code, Compressor):
         raise ConfigError(f"compressor={code!r}: a compressor, or text such as 'Correlated()'.")
+    if error_feedback is not None and not isinstance(error_feedback, bool):
+        raise ConfigError(f"error_feedback={error_feedback!r}: True, False, or None for what the compressor needs.")
     feedback = feedback_of(code, error_feedback, compact(code))
+    if scaler is not None and not (hasattr(scaler, "get_scale") and hasattr(scaler, "is_enabled")):
+        raise ConfigError(f"scaler={scaler!r}: a torch.amp.GradScaler, or None.")
     sizes = _checked_model(ddp)
     for name, value, least in (("start", start, 0), ("min_numel", min_numel, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}={value!r}: an integer, at least {least}.")
     checked_seed(seed)
+    coded = [d for d in sizes.values() if d >= min_numel]
+    _check_sizes(code, world_of(ddp.process_group), coded, min_numel)
     link = Link(channel, ddp.process_group, process_group, timeout)
     try:
-        _check_sizes(code, link.world, [d for d in sizes.values() if d >= min_numel], min_numel)
-        rehearse(code, link.world, min((d for d in sizes.values() if d >= min_numel), default=min_numel))
+        if coded:
+            rehearse(code, link.world, min(coded))
         link.meet({
             "kind": "ddp", "compressor": compact(code), "error_feedback": feedback, "start": start,
             "min_numel": min_numel, "seed": seed, "scaler": scaler is not None, "parameters": sizes,
+            "channel": channel, "versions": versions(),
         })  # fmt: skip
     except BaseException:
         link.close(wait=False)
@@ -359,6 +392,8 @@ def _checked_model(ddp: DistributedDataParallel) -> dict[str, int]:
     """Sizes of the parameters. Raises ConfigError for a module that cannot be served."""
     if not isinstance(ddp, DistributedDataParallel):
         raise ConfigError(f"attach takes a module in DistributedDataParallel, got {type(ddp).__name__}: wrap it first.")
+    if ddp.mixed_precision is not None:
+        raise ConfigError("DistributedDataParallel(mixed_precision=...) has a hook of its own: use autocast instead.")
     held = {k: p for k, p in ddp.module.named_parameters() if p.requires_grad}
     wrong = [f"{k} ({p.dtype})" for k, p in held.items() if p.dtype != torch.float32]
     if wrong:

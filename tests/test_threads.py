@@ -20,13 +20,16 @@ from shoal.compressors import Independent
 from shoal.kernels import Draw, cpu, reference
 from shoal.kernels.cpu import bits, threads
 from shoal.kernels.cpu.threads import LEAST, PIECES, spread
+from shoal.kernels.cpu.vectors import FAR
 from shoal.messages import Round
 
 D = 2 * LEAST + 777  # the least that two threads share, and the end of a tile, a block of words and a byte
 
 
 @pytest.fixture
-def three_threads() -> Iterator[None]:
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Three threads, woken for whatever they are called for."""
+    monkeypatch.setattr(threads, "WAKE", 2)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -118,6 +121,20 @@ def odd_one(x, lo, hi):
     return found
 
 
+def test_rows_that_come_from_memory():
+    """What long rows are made of has the bits of their parts; and for parts of a block, those of the reference."""
+    d, rng = FAR + 776, np.random.default_rng(2)
+    half = d // 16 * 8
+    for m in (3, 40):
+        payload, r = torch.from_numpy(rng.integers(0, 256, (m, d // 8), np.uint8)), torch.full((m,), 1.5)
+        parts = [cpu.mean_bits(payload[:, a // 8 : b // 8], r, b - a, m) for a, b in ((0, half), (half, d))]
+        assert torch.equal(cpu.mean_bits(payload, r, d, m), torch.cat(parts))
+    u = torch.from_numpy(rng.standard_normal((1, d), np.float32))
+    for parts in (16, 1000):
+        args = (u, Draw(torch.tensor([9]), 7, 1, 5), torch.tensor([3]), parts, -(-d // parts))
+        assert torch.equal(cpu.gather_dealt(*args), reference.gather_dealt(*args))
+
+
 def test_ranges_cover_everything_once(three_threads):
     for size in (1, 99, 100, 1000, 1001, 1023, 1024, 3000):
         seen = np.zeros((2, size), np.int64)
@@ -173,9 +190,18 @@ def test_nobody_watches_an_empty_board_for_long(three_threads):
     before = time.process_time()
     time.sleep(0.1)
     assert time.process_time() - before < 0.05
-    assert encoded() == encoded()
+    before = encoded()
+    assert encoded() == before
+    while len(threads._crew.asleep) < threads._crew.size and time.monotonic() < deadline:
+        time.sleep(0.01)
+    seen = np.zeros((2, 200), np.int64)
+    threads.WAKE = 8  # nobody is woken for little, and the caller does it
+    spread(note, (seen,), 200, 1, 50)
+    assert (seen[1] == 1).all()
+    assert np.count_nonzero(seen[0]) == 1
 
 
+@pytest.mark.slow
 def test_an_interpreter_ends_while_threads_watch():
     """Right after a task, with threads that still look for the next."""
     code = (

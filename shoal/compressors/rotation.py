@@ -135,6 +135,8 @@ class Rotated(Conditional):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Compressor):
             raise ConfigError(f"Rotated(inner={self.inner!r}): what is rotated is a compressor, e.g. Rotated(Grid(4)).")
+        if not isinstance(self.shared, bool):
+            raise ConfigError(f"Rotated(shared={self.shared!r}): True, one rotation for all clients, or False.")
         joint = not isinstance(self.inner, Unbiased) and not hasattr(self.inner, "alpha")
         if not self.shared and joint:
             raise ConfigError(

@@ -104,11 +104,19 @@ def feedback_of(code: Compressor, asked: bool | None, name: str) -> bool:
     if not unbiased and not contractive:
         raise ConfigError(f"{name} states no omega, ab or alpha: nothing says that it converges.")
     if asked and not contractive:
+        scaled = f"Scaled({name})" if hasattr(code, "omega") and not code.agrees else "TopK(0.01)"
         raise ConfigError(
             f"error_feedback=True with {name}: memories of a compressor without alpha may grow. Leave it out "
-            f"(it is unbiased), or take Scaled({name})."
+            f"(it is unbiased), or take a contractive one, such as {scaled}."
         )
     return not unbiased if asked is None else asked
+
+
+def world_of(group: dist.ProcessGroup | None) -> int:
+    """How many ranks a group has (None: the world). Raises ConfigError where there is none."""
+    if not dist.is_initialized():
+        raise ConfigError('there is no process group: call torch.distributed.init_process_group("gloo") first.')
+    return dist.get_world_size(group)
 
 
 def rehearse(code: Compressor, n: int, d: int) -> None:
@@ -174,8 +182,7 @@ class Link:
     ) -> None:
         make = channel_of(kind)
         timeout = checked_timeout(timeout)
-        if not dist.is_initialized():
-            raise ConfigError('there is no process group: call torch.distributed.init_process_group("gloo") first.')
+        world_of(group)
         ranks = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
         if over is not None and dist.get_process_group_ranks(over) != ranks:
             raise ConfigError(

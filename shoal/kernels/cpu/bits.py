@@ -25,11 +25,13 @@ from shoal.kernels.cpu.lanes import (
 )
 from shoal.kernels.cpu.philox import TILE, copy, fill_below, fill_halves, key, shared_key, unsigned, word
 from shoal.kernels.cpu.threads import LEAST, spread
+from shoal.kernels.cpu.vectors import FAR, expect
 from shoal.kernels.draw import Draw
 from shoal.kernels.reference.bits import LIFT, TINY
 
 V = np.float32(2.0**-24)
 WIDE = 4 * TILE  # coordinates that share a pass of shifts: 16 KiB, and a row's turn costs as much as some hundred bits
+AHEAD = 512  # bytes of a row that are on their way while 64 are counted: of so many rows, none is foreseen
 _MAGIC, _TOP = np.uint64(0x0102040810204080), np.uint64(56)
 
 
@@ -224,6 +226,9 @@ def _few_bits(payload, r, cohort, out, lo, hi):
         table[c] = np.float32((r * np.float64(2 * c - m)) / cohort)
     for at in range(lo, hi, 512):
         rows, byte, count, planes[:] = payload, at // 8, min(512, hi - at), 0
+        if out.size >= FAR:
+            for i in range(m):
+                expect(payload[i], byte + AHEAD)
         if count < 512:
             for i in range(m):
                 copy(payload[i, byte : (at + count + 7) // 8], pad[i])
@@ -272,6 +277,8 @@ def _count_bits(payload, r, factor, cohort, out, lo, hi):
         for first in range(0, m, 255):
             counts[:] = 0
             for i in range(first, min(first + 255, m)):
+                if out.size >= FAR:
+                    expect(payload[i], at // 8 + AHEAD)
                 if count == 512:
                     count_512(payload[i], at // 8, counts)
                 else:

@@ -15,8 +15,10 @@ from torch import Tensor
 from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.philox import TILE, fill_words, shared_key, word
 from shoal.kernels.cpu.threads import LEAST, spread
+from shoal.kernels.cpu.vectors import FAR, expect
 from shoal.kernels.draw import Draw
 
+AHEAD = 128  # blocks: the lines that are gathered from come in faster than the processor itself would have them come
 CHUNK = 16384  # coordinates that are cleared or added up while they stay in the cache
 _SHIFT = np.uint64(32)
 
@@ -52,7 +54,7 @@ def dealt_lengths(draw: Draw, part: Tensor, parts: int, d: int) -> Tensor:
 
 @njit(cache=True, nogil=True)
 def _gather(u, out, part, parts, slot, index, stream, k0, k1, lo, hi):
-    d, width = u.shape[1], out.shape[1]
+    d, width, far = u.shape[1], out.shape[1], u.size >= FAR
     drawn, shifts = np.empty(TILE, np.uint32), np.empty(TILE, np.int64)
     for start in range(lo, hi, TILE):
         count = min(TILE, hi - start)
@@ -61,6 +63,9 @@ def _gather(u, out, part, parts, slot, index, stream, k0, k1, lo, hi):
         for i in range(u.shape[0]):
             row, to, own = u[i, start * parts :], out[i, start:], part[i]
             for b in range(whole):
+                if far:
+                    later = min(b + AHEAD, whole - 1) if parts > 16 else b  # up to 16, any shift has the same line
+                    expect(row, (b + AHEAD) * parts + _turn(own, shifts[later], parts))
                 to[b] = row[b * parts + _turn(own, shifts[b], parts)]
             if whole < count and start + whole < width:
                 t = _turn(own, shifts[whole], parts)

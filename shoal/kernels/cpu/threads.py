@@ -2,8 +2,9 @@
 
 The caller writes its task on a board, and every thread takes the next piece until there are none. Threads of the crew
 watch the board in compiled code for some hundred microseconds after the last task, so that the next costs about one
-to hand out; then they sleep, and are woken by the next. Nobody waits for a thread that has not begun: whoever comes
-late, or finds another process on its core, finds less left to do. A caller who finds the board taken works alone.
+to hand out; then they sleep. Waking one takes its caller over ten: a large task does, and one of many. Nobody waits
+for a thread that has not begun: whoever comes late, or finds another process on its core, finds less left to do. A
+caller who finds the board taken works alone.
 
 numba's own threading layers are not taken: with one of them a forked child dies, with another the process aborts when
 two Python threads enter it at once.
@@ -26,7 +27,8 @@ from numba import njit, types
 
 from shoal.kernels.cpu.atomic import add, call, load, outcome, pause, store, take, task
 
-LEAST = 1 << 16  # coordinates from which on another thread gains more than it costs
+LEAST = 1 << 16  # coordinates a thread from which on another one that is awake gains more than it costs
+WAKE = 8  # times as many, in all, from which on it pays to wake one
 PIECES = 4  # a thread: who comes late leaves the others the rest
 LINGER = 300e-6  # seconds for which a thread watches the board before it sleeps
 _TURN = 64  # looks at the board, after which a thread lets others have the core if there are any
@@ -111,6 +113,7 @@ class Crew:
         self.board = np.zeros(WORDS, np.int64)
         self.size, self.growing = 0, threading.Lock()
         self.asleep: deque[threading.Lock] = deque()  # the bells of those who sleep
+        self.called = 0.0  # when there was a task last
 
     def serve(self, looks: int) -> None:
         bell, last = threading.Lock(), 0
@@ -120,8 +123,12 @@ class Crew:
             self.asleep.append(bell)
             bell.acquire()
 
-    def call(self, most: int) -> int:
-        """Start or wake at most that many threads: how many there are to help."""
+    def call(self, most: int, large: bool) -> int:
+        """How many threads there are to help, at most so many; started and woken for a task that is `large`, or
+        follows on the last."""
+        last, self.called = self.called, time.perf_counter()
+        if not large and self.called - last > LINGER:
+            return min(most, self.size - len(self.asleep))
         if self.size < most and self.size < (os.cpu_count() or 1):
             self.grow(min(most, os.cpu_count() or 1))
         for _ in range(min(most, len(self.asleep))):
@@ -186,8 +193,8 @@ def spread(
     range alone, and returns nothing or a bool: whether one of them is True.
     """
     threads = min(torch.get_num_threads(), size // max(least, 1)) if size >= 2 * least else 1
-    if threads < 2:
+    helpers = _crew.call(threads - 1, size >= WAKE * least) if threads > 1 else 0
+    if helpers < 1:
         return kernel(*args, 0, size) is True
-    helpers = _crew.call(threads - 1)
     step = -(-size // (pieces * (helpers + 1) * unit)) * unit
     return _sharing(kernel)(_crew.board, size, step, helpers, args)

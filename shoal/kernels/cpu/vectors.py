@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 
 _F32, _F64, _I16, _I32, _I64 = ir.FloatType(), ir.DoubleType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _WIDE = ir.VectorType(_F32, 16)
+FAR = 1 << 22  # coordinates from which on rows come from memory: there it pays to `expect` them
 
 
 def _at(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
@@ -50,6 +51,20 @@ def move(typing, source, target, at, count):
         return context.get_dummy_value()
 
     return types.void(source, target, types.int64, types.int64), emit
+
+
+@intrinsic
+def expect(typing, array, at):
+    """Begin to bring array[at] into the first-level cache. Beyond the array's end, nothing happens."""
+
+    def emit(context, builder, signature, args):
+        place = builder.bitcast(_at(context, builder, signature.args[0], *args), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [place.type, *[_I32] * 3])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [place, _I32(0), _I32(3), _I32(1)])  # to be read, soon and often, as data
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), emit
 
 
 def _within(context: Any, builder: Any, x: Any) -> Any:
