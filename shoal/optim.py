@@ -19,36 +19,42 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from numbers import Real
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from shoal import methods
 from shoal.core import Compressor, Method
-from shoal.errors import ConfigError, ResumeMismatch
+from shoal.errors import ConfigError, ConfigMismatch, ResumeMismatch
 from shoal.experiments.expressions import compact, known_names, parse
+from shoal.experiments.folder import versions
 from shoal.messages import Round, Rows, Vector
 from shoal.rng import checked_seed
-from shoal.runtimes.reduce import Link, Traffic, rehearse
+from shoal.runtimes.reduce import Link, Reduced, Traffic, rehearse, world_of
+from shoal.wire import digest
 
 __all__ = ["EF21", "Diana", "Marina"]
 
 Closure = Callable[[], Any]
 KEPT = ("round", "seed", "world", "method")  # of every parameter group: whose state this is
+RATES = ("lr", "weight_decay")
 
 
 class Clients(torch.optim.Optimizer):
     """x+ = x - lr (g + weight_decay x), g being a method's estimate of grad f, f the mean of the ranks' losses.
 
-    All parameters are one vector to the compressor; `lr` and `weight_decay` are each group's own. The theorems hold for
-    one lr that is constant; groups and schedules are tuned, not proved. weight_decay is the gradient of
-    (weight_decay/2)||x||^2, which every rank adds by itself: the theorem is then that of the sum, whose L_- counts.
-    After a step the parameters' `grad` is their part of g. Collective: all ranks construct and step it.
+    All parameters that require a gradient when it is constructed are one vector to the compressor; the others are never
+    touched. `lr` and `weight_decay` are each group's own. The theorems hold for one lr that is constant; groups and
+    schedules are tuned, not proved. weight_decay is the gradient of (weight_decay/2)||x||^2, which every rank adds by
+    itself: the theorem is then that of the sum, whose L_- counts. After a step the parameters' `grad` is their part of
+    g. Collective: all ranks construct and step it. A context manager: leaving it closes it.
 
-    Raises ConfigError for what cannot work, before any work; from `step`: ConfigMismatch on the first where ranks
-    differ in settings or in the parameters they start from, NonFiniteError on all ranks where one has a NaN or an
-    infinity; parameters and states are then as before.
+    Raises ConfigError for what cannot work, before any work. From `step`, on all ranks: ConfigMismatch where they
+    differ in settings or in the parameters they start from, and later in lr or weight_decay; NonFiniteError where one
+    has a NaN or an infinity; parameters and states are then as before.
     """
 
     def __init__(
@@ -63,28 +69,28 @@ class Clients(torch.optim.Optimizer):
         process_group: Any,
         timeout: float,
     ) -> None:
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ConfigError(f"{name}={value!r}: a finite number, not negative.")
-        checked_seed(seed)
-        self.seed, self._built = seed, False
-        defaults = {"lr": lr, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"round": 0, "seed": seed, "world": 0, "method": ""})
-        self._params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        _check_rates({"lr": lr, "weight_decay": weight_decay}, "")
+        self.seed, self._built = checked_seed(seed), False
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self._wanted = self._flags()
+        self._groups = [[p for p in group["params"] if p.requires_grad] for group in self.param_groups]
+        self._params: list[Tensor] = [p for group in self._groups for p in group]
         _check_parameters(self._params)
-        self.d = sum(p.numel() for p in self._params)
-        self._link = Link(channel, over=process_group, timeout=timeout)
-        try:
-            self.method = make(self._link.world, self.d)
-            self.method.check(self._link.world, self.d)
-            rehearse(compressor, self._link.world, self.d if self.d < 2**16 else 2**16)
-        except BaseException:
-            self._link.close(wait=False)
-            raise
+        self.d, n = sum(p.numel() for p in self._params), world_of(process_group)
+        if n < 1:
+            raise ConfigError("this rank is not in process_group: construct the optimizer on the ranks that are.")
+        # Before there is a link: ranks that are wrong alike all say why, and none that another has left.
+        compressor.check(n, self.d)
+        self.method = make(n, self.d)
+        self.method.check(n, self.d)
+        rehearse(compressor, n, self.d if self.d < 2**16 else 2**16)
         for group in self.param_groups:
-            group["world"], group["method"] = self._link.world, compact(self.method)
+            group |= {"round": 0, "seed": seed, "world": n, "method": compact(self.method)}
+        self._link, self._channel = Link(channel, over=process_group, timeout=timeout), channel
         self._server, self._worker = self.method.init(self._read(), self._round())
-        self._built, self._met = True, False
+        self._agreed: bytes | None = None  # the digest of what the ranks compared when they met
+        self._failed: BaseException | None = None  # of this rank alone: what the others are told
+        self._built = True
         self._show()
 
     # -------------------------------------------------------------------------------------------- a step
@@ -106,17 +112,22 @@ class Clients(torch.optim.Optimizer):
             )
         if not self._built or self._link.closed:
             raise ConfigError("this optimizer is closed: construct it again.")
+        if self._wanted != self._flags():
+            raise ConfigError("requires_grad of a parameter has changed: construct the optimizer again.")
         x = self._read()
-        if not self._met:
+        if self._agreed is None:
             self._meet(x)
-        rnd, method, losses = self._round(), self.method, list[Any]()
+        self._failed, rnd, method, losses = None, self._round(), self.method, list[Any]()
         down, server = method.down(self._server, x, rnd)
         code = method.code(rnd)
         try:
             u, worker = method.up(self._worker, down, _Gradient(self, closure, losses), rnd)
+        except BaseException as error:
+            self._failed = error
+            raise
         finally:
             self._write(x)
-        done = self._link.reduce(code, u[0], rnd)
+        done = self._reduce(code, u[0], rnd)
         worker = method.commit(worker, done.sent, done.rnd)
         g, server = method.estimate(server, done.mean, done.rnd)
         self._server, self._worker = server, worker
@@ -127,23 +138,48 @@ class Clients(torch.optim.Optimizer):
         self._show()
         return losses[0]
 
+    def _reduce(self, code: Compressor, u: Vector, rnd: Round) -> Reduced:
+        """The mean. In front of every exchange stands the digest of lr and weight_decay as they are now: ranks whose
+        schedules have drifted apart raise ConfigMismatch before a parameter moves."""
+        peers, agreed = self._link.peers, self._agreed
+        assert agreed is not None
+        peers.digest = digest({"agreed": agreed.hex(), "groups": self._rates()})
+        try:
+            return self._link.reduce(code, u, rnd)
+        except ConfigMismatch:  # on every rank: so all may ask in words who has what
+            peers.digest = agreed
+            if not peers.lines.closed:
+                peers.handshake({"kind": "optim", "groups": self._rates()})
+            raise
+        finally:
+            peers.digest = agreed
+
+    def _flags(self) -> list[bool]:
+        return [p.requires_grad for group in self.param_groups for p in group["params"]]
+
+    def _rates(self) -> dict[str, dict[str, float]]:
+        """Every group's lr and weight_decay."""
+        return {str(i): {k: float(group[k]) for k in RATES} for i, group in enumerate(self.param_groups)}
+
     def _descend(self, g: Vector) -> None:
         """Two roundings a coordinate, never fused, as `shoal.descents.Step`."""
         parts = iter(g.split([p.numel() for p in self._params]))
-        for group in self.param_groups:
-            for p in group["params"]:
+        for group, params in zip(self.param_groups, self._groups, strict=True):
+            for p in params:
                 p.grad = next(parts).view_as(p).to(p.device, copy=True)
-                slope = p.grad if group["weight_decay"] == 0 else p.grad + group["weight_decay"] * p
-                p.copy_(p - group["lr"] * slope)
+                slope = p.grad if group["weight_decay"] == 0 else p.grad + float(group["weight_decay"]) * p
+                p.copy_(p - float(group["lr"]) * slope)
 
     def _meet(self, x: Vector) -> None:
         """Before the first step, and the first after a state was loaded: do all ranks start from the same?"""
-        facts = {k: self.param_groups[0][k] for k in KEPT}
-        shapes = [tuple(p.shape) for p in self._params]
-        self._link.meet(
-            {"kind": "optim", **facts, "shapes": shapes, "parameters": hashlib.sha256(x.numpy().tobytes()).hexdigest()}
-        )
-        self._met = True
+        groups: dict[str, dict[str, Any]] = {k: dict(v) for k, v in self._rates().items()}
+        for held, params in zip(groups.values(), self._groups, strict=True):
+            held["shapes"] = [tuple(p.shape) for p in params]
+        self._link.meet({
+            "kind": "optim", **{k: self.param_groups[0][k] for k in KEPT}, "groups": groups, "channel": self._channel,
+            "parameters": hashlib.sha256(x.numpy().tobytes()).hexdigest(), "versions": versions(),
+        })  # fmt: skip
+        self._agreed = self._link.peers.digest
 
     def _read(self) -> Vector:
         """The parameters as one vector."""
@@ -182,24 +218,13 @@ class Clients(torch.optim.Optimizer):
             self.state[p] = {key: parts[i].view_as(p) for key, parts in shown.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, for the state of the same rank of an equal group. Raises ResumeMismatch for any other.
+        """As torch's, for the state of the same rank of an equal group. Raises ResumeMismatch for any other, and has
+        changed nothing then.
 
         Load the model's parameters too: the method's states belong to them.
         """
-        first = state_dict["param_groups"][0]
-        for name in ("seed", "world", "method"):
-            if first.get(name) != self.param_groups[0][name]:
-                raise ResumeMismatch(
-                    f"the state's {name} is {first.get(name)!r}, this optimizer's {self.param_groups[0][name]!r}: "
-                    "construct it alike, on as many ranks."
-                )
-        wanted = {self._key(*field) for field in self._fields()}
-        for number, held in state_dict["state"].items():
-            if absent := sorted(wanted - held.keys()):
-                raise ResumeMismatch(
-                    f"parameter {number} has no {', '.join(absent)}: this is another rank's state. Each rank loads "
-                    "what it saved."
-                )
+        self._check_groups(state_dict)
+        self._check_values(state_dict)
         super().load_state_dict(state_dict)
         found = {}
         for half, name, value in self._fields():
@@ -208,13 +233,56 @@ class Clients(torch.optim.Optimizer):
             found[half, name] = whole.reshape(value.shape)
         self._server = self._server._replace(**{n: v for (half, n), v in found.items() if half == "server"})
         self._worker = self._worker._replace(**{n: v for (half, n), v in found.items() if half == "worker"})
-        self._met = False
+        self._agreed = None
         self._show()
+
+    def _check_groups(self, state: Any) -> None:
+        """Raise ResumeMismatch unless the state has this optimizer's groups, with a round and rates that can be."""
+        groups = state.get("param_groups") if isinstance(state, dict) else None
+        if not isinstance(groups, list) or not groups or not all(isinstance(group, dict) for group in groups):
+            raise ResumeMismatch("this is no optimizer's state: it has no param_groups. Take what state_dict() gave.")
+        found, here = ([_count(g.get("params")) for g in which] for which in (groups, self.param_groups))
+        if found != here:
+            raise ResumeMismatch(f"the state's groups have {found} parameters, this optimizer's {here}: group alike.")
+        for group in groups:
+            for name in ("seed", "world", "method"):
+                if group.get(name) != self.param_groups[0][name]:
+                    raise ResumeMismatch(
+                        f"the state's {name} is {group.get(name)!r}, this optimizer's {self.param_groups[0][name]!r}: "
+                        "construct it alike, on as many ranks."
+                    )
+            index = group.get("round")
+            if type(index) is not int or not 0 <= index < 2**32 or index != groups[0]["round"]:
+                raise ResumeMismatch(f"the state's round is {index!r}: one integer for all groups, not negative.")
+            try:
+                _check_rates({name: group.get(name) for name in RATES}, "the state's ")
+            except ConfigError as error:
+                raise ResumeMismatch(f"{error} Take what state_dict() gave.") from None
+
+    def _check_values(self, state: dict[str, Any]) -> None:
+        """Raise ResumeMismatch unless the parameters of the vector, and no others, have this rank's tensors."""
+        numbers = [i for group in state["param_groups"] for i in group["params"]]
+        every = [p for group in self.param_groups for p in group["params"]]
+        held = state.get("state")
+        keys = [self._key(*field) for field in self._fields()]
+        for number, p, wanted in zip(numbers, every, self._wanted, strict=True):
+            mine = held.get(number) if isinstance(held, dict) and isinstance(number, int | str) else None
+            if mine and not wanted:
+                raise ResumeMismatch(f"parameter {number} was trained, and is frozen here: freeze alike.")
+            for key in keys if wanted else ():
+                value = mine.get(key) if isinstance(mine, dict) else None
+                if not isinstance(value, Tensor) or value.shape != p.shape or not value.is_floating_point():
+                    raise ResumeMismatch(
+                        f"parameter {number} has no {key} of shape {tuple(p.shape)}: this is another rank's state, or "
+                        "another model's. Each rank loads what it saved."
+                    )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only while constructing: all parameters are one vector, with states of its length."""
         if getattr(self, "_built", False):
             raise ConfigError("a parameter group cannot be added later: construct the optimizer with all groups.")
+        if isinstance(param_group, dict):
+            _check_rates(self.defaults | param_group, f"parameter group {len(self.param_groups)}: ")
         super().add_param_group(param_group)
 
     def stats(self) -> Traffic:
@@ -222,8 +290,18 @@ class Clients(torch.optim.Optimizer):
         return self._link.traffic()
 
     def close(self) -> None:
-        """Destroy the group of its own, when all ranks have come here; a second call does nothing."""
-        self._link.close()
+        """Destroy the group of its own, when all ranks have come here; a second call does nothing.
+
+        Where the last `step` failed on this rank alone, as by its closure, the others are told why and not waited for.
+        """
+        self._link.close(wait=self._failed is None, error=self._failed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._failed = self._failed or error
+        self.close()
 
 
 class _Gradient:
@@ -251,7 +329,21 @@ class _Gradient:
         return torch.cat(parts)[None]
 
 
+def _check_rates(group: dict[str, Any], where: str) -> None:
+    """Raise ConfigError unless lr and weight_decay are finite and not negative."""
+    for name in RATES:
+        value = group[name]
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+            raise ConfigError(f"{where}{name}={value!r}: a finite number, not negative.")
+
+
+def _count(params: Any) -> int | None:
+    return len(params) if isinstance(params, list) else None
+
+
 def _check_parameters(params: list[Tensor]) -> None:
+    if not params:
+        raise ConfigError("no parameter requires a gradient: there is nothing to train.")
     wrong = {f"{p.dtype}" for p in params if p.dtype != torch.float32}
     if wrong:
         raise ConfigError(

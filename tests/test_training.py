@@ -360,6 +360,30 @@ def test_iterates_are_the_simulators(world, name):
     optimizer.close()
 
 
+def wrong_states(optimizer, model: nn.Module, state: dict) -> None:
+    """Each is refused before anything has changed: the next step is the one that it would have been."""
+    before, (group,) = copy.deepcopy(optimizer.state_dict()), state["param_groups"]
+    shorter = {i: {k: v[:1] for k, v in held.items()} for i, held in state["state"].items()}
+    for wrong, said in (
+        (None, "no param_groups"),
+        ({}, "no param_groups"),
+        ({"state": {}, "param_groups": []}, "no param_groups"),
+        ({"state": {}, "param_groups": [group]}, r"parameter 0 has no server\.g of shape \(20, 12\)"),
+        ({"param_groups": [group]}, r"parameter 0 has no server\.g"),
+        (state | {"state": shorter}, r"parameter 0 has no server\.g of shape"),
+        (state | {"param_groups": [group, group]}, r"groups have \[6, 6\] parameters, this optimizer's \[6\]"),
+        (state | {"param_groups": [{k: v for k, v in group.items() if k != "round"}]}, "round is None"),
+        (state | {"param_groups": [group | {"round": -1}]}, "round is -1"),
+        (state | {"param_groups": [group | {"lr": float("nan")}]}, "the state's lr=nan"),
+    ):
+        with pytest.raises(ResumeMismatch, match=said):
+            optimizer.load_state_dict(wrong)
+    now = optimizer.state_dict()
+    assert now["param_groups"] == before["param_groups"]
+    assert all(torch.equal(now["state"][i][k], v) for i in before["state"] for k, v in before["state"][i].items())
+    optimizer.step(closure_of(optimizer, model, 6))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_optimizers_state_goes_on_to_the_same_bits(world, name):
     model = net()
@@ -378,6 +402,8 @@ def test_an_optimizers_state_goes_on_to_the_same_bits(world, name):
     for step in range(3, 6):
         again.step(closure_of(again, other, step))
     assert torch.equal(flat(model.parameters()), flat(other.parameters()))
+    if name == "ef21":
+        wrong_states(again, other, stored["optimizer"])
     with pytest.raises(ResumeMismatch, match="the state's seed is 0, this optimizer's 1"):
         make(name, net(), seed=1).load_state_dict(stored["optimizer"])
     if name in ("diana", "ef21"):
@@ -410,6 +436,37 @@ def test_groups_schedules_hooks_and_weight_decay_are_torchs(world):
     assert len(counted) == 5
     assert [g["lr"] for g in ours.param_groups] == [g["lr"] for g in sgd.param_groups] == [0.05, 0.0125]
     assert ours.stats().dense == 5 * 4 * ours.d == ours.stats().up
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_parameters_are_left_alone(world, name):
+    """They are no part of the vector: neither moved nor decayed, without a gradient and without a state."""
+    model = net()
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    frozen = [p.clone() for p in model[0].parameters()]
+    optimizer = make(name, model, weight_decay=0.1)
+    assert optimizer.d == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for step in range(3):
+        optimizer.step(closure_of(optimizer, model, step))
+    assert all(torch.equal(p, q) for p, q in zip(model[0].parameters(), frozen, strict=True))
+    assert all(p.grad is None and p not in optimizer.state for p in model[0].parameters())
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(state)
+    with pytest.raises(ResumeMismatch, match="parameter 0 was trained, and is frozen here"):
+        optimizer.load_state_dict(state | {"state": state["state"] | {0: state["state"][2]}})
+    model[0].bias.requires_grad_(True)
+    with pytest.raises(ConfigError, match="requires_grad of a parameter has changed"):
+        optimizer.step(closure_of(optimizer, model, 3))
+
+
+def test_a_parameter_without_a_gradient_has_the_gradient_zero(world):
+    """Unlike torch's SGD, which leaves it as it is: all ranks would have to ask each other."""
+    model, unused = net(), nn.Parameter(torch.ones(3))
+    optimizer = shoal.optim.EF21([*model.parameters(), unused], 0.5, DENSE, weight_decay=0.25)
+    optimizer.step(closure_of(optimizer, model, 0))
+    assert torch.equal(unused.detach(), torch.full((3,), 1 - 0.5 * 0.25))
+    assert torch.equal(unused.grad, torch.zeros(3))
 
 
 def test_both_calls_of_the_closure_meet_the_same_random_numbers(world):
@@ -492,6 +549,13 @@ BUILT = [
     (lambda p: shoal.optim.Marina(p, 0.1, "TopK(3)"), "Marina needs a compressor with ab"),
     (lambda p: shoal.optim.Marina(p, 0.1, p=0.0), "probability of a full round"),
     (lambda p: shoal.optim.EF21(net().double().parameters(), 0.1), "parameters of torch.float64"),
+    (lambda p: shoal.optim.EF21([{"params": p, "lr": -1}], 0.1), "parameter group 0: lr=-1: a finite number"),
+    (
+        lambda p: shoal.optim.EF21([{"params": p[:1]}, {"params": p[1:], "weight_decay": float("nan")}], 0.1),
+        "parameter group 1: weight_decay=nan",
+    ),
+    (lambda p: shoal.optim.EF21([q.requires_grad_(False) for q in p], 0.1), "no parameter requires a gradient"),
+    (lambda p: shoal.optim.Diana(p, 0.1, shift="x"), "shift='x'"),
     (lambda p: shoal.optim.EF21(p, 0.1).step(), "step.. without a closure.*bfloat16"),
     (lambda p: shoal.optim.EF21(p, 0.1).add_param_group({"params": p}), "cannot be added later"),
 ]
@@ -573,6 +637,17 @@ def test_two_ranks():
     assert "NonFiniteError: client 1, round 1" in found["said"]["optim nan"][0]
     assert "seed: rank 0: 0; rank 1: 1" in found["said"]["ddp seed"][0]
     assert "parameters: rank 0: " in found["said"]["optim start"][0]
+    begun, *steps, _ = found["said"]["optim rates"][0]
+    assert "groups.0.lr: rank 0: 0.25; rank 1: 0.5 | groups.0.weight_decay: rank 0: 0.0; rank 1: 0.5" in begun
+    assert steps[:2] == ["nothing"] * 2
+    assert steps[3] == "nothing", "the group goes on once the rates are mended"
+    assert "ConfigMismatch: the ranks do not run the same. groups.0.lr: rank 0: 0.25; rank 1: 0.125." in steps[2]
+    *refused, last = found["said"]["optim alike"][0]
+    assert [one.split(":")[0] for one in refused] == ["ConfigError"] * 3
+    assert last == "nothing"
+    for heard, own in zip(*found["broken"], strict=True):
+        assert own == "LookupError: no such batch"
+        assert heard.startswith("PeerDied: rank 1 stopped with LookupError: no such batch")
     assert found["said"]["scale"] == [2.0**11] * 2, "both skipped"
     assert found["means"] == [True, True], "the float64 mean of both ranks' gradients, bit for bit"
     error, seconds, again = found["lost"]

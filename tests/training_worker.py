@@ -24,7 +24,7 @@ from test_training import METHODS, NAMES, closure_of, flat, flat_grads, loss_of,
 
 import shoal.ddp  # noqa: E402
 import shoal.optim  # noqa: E402
-from shoal.errors import ShoalError  # noqa: E402
+from shoal.errors import PeerDied, ShoalError  # noqa: E402
 
 CODES = ["Correlated()", "TopK(0.1)", "PermK()", "Coded(QSGD(1))", "Sign()", "Rotated(Correlated(scale='max'))"]
 
@@ -132,6 +132,63 @@ def optim_start(rank: int) -> str:
     return out
 
 
+def optim_rates(rank: int) -> list[str]:
+    """Ranks that begin with other rates, and ranks whose schedules part in step 2; what was wrong is mended then."""
+    model = net()
+    optimizer = make("marina", model, lr=0.25 + 0.25 * rank, weight_decay=0.5 * rank)
+    out = [said(lambda: optimizer.step(closure_of(optimizer, model, 0, rank)))]
+    group = optimizer.param_groups[0]
+    group["weight_decay"] = 0.0
+    for step in range(4):
+        group["lr"] = 0.25 if rank == 0 or step != 2 else 0.125
+        x = flat(model.parameters())
+        out.append(said(lambda: optimizer.step(closure_of(optimizer, model, step, rank))))  # noqa: B023
+        assert torch.equal(flat(model.parameters()), x) == (step == 2)
+    optimizer.close()
+    return [*out, sha(flat(model.parameters()))]
+
+
+def optim_alike(rank: int) -> list[str]:
+    """Both ranks ask for what cannot work: both say why, and the next is constructed as if nothing had been."""
+    params = list(net().parameters())
+    return [
+        said(lambda: shoal.optim.EF21(params, 0.1, "TopK(100000)")),
+        said(lambda: shoal.optim.Diana(params, 0.1, "RandK(0.5)", shift=0.9)),
+        said(lambda: shoal.optim.Marina(params, 0.1, "Correlated(blocks=50)")),
+        said(lambda: shoal.optim.EF21(params, 0.1).close()),
+    ]
+
+
+def optim_broken(rank: int, within: bool) -> str:
+    """Rank 1's closure raises: rank 0 is told what, whether rank 1 leaves the optimizer's context or calls close. If it
+    is slow, already while it waits for the end of the exchange before."""
+    model = net()
+    optimizer, calls = make("ef21", model), []
+
+    def closure():
+        calls.append(1)
+        if rank == 1 and len(calls) == 2:
+            raise LookupError("no such batch")
+        return closure_of(optimizer, model, 1, rank)()
+
+    def train():
+        for _ in range(3):
+            optimizer.step(closure)
+
+    try:
+        if within:
+            with optimizer:
+                train()
+        else:
+            try:
+                train()
+            finally:
+                optimizer.close()
+    except (LookupError, PeerDied) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def lost(rank: int) -> tuple[str, float, float]:
     """Rank 1 ends without a word; rank 0 learns it in backward, and at once in the next."""
     ddp = DistributedDataParallel(net())
@@ -169,15 +226,19 @@ def main() -> None:
             "ddp seed": said(lambda: shoal.ddp.attach(DistributedDataParallel(net()), "TopK(0.1)", seed=rank)),
             "optim nan": optim_nan(rank),
             "optim start": optim_start(rank),
+            "optim rates": optim_rates(rank),
+            "optim alike": optim_alike(rank),
             "scale": scale(rank),
         },
         "means": means(rank),
+        "broken": [optim_broken(rank, within) for within in (True, False)],
     }
     both: list = [None, None]
     dist.all_gather_object(both, mine)
     gone = lost(rank)
     out: dict = {part: {name: [each[part][name] for each in both] for name in mine[part]} for part in ("alike", "said")}
-    out |= {"means": [each["means"] for each in both], "lost": gone, **facts}
+    out |= {part: [each[part] for each in both] for part in ("means", "broken")}
+    out |= {"lost": gone, **facts}
     out["simulated"] = {name: sha(simulated(METHODS[name], 2, 6)) for name in NAMES}
     print(json.dumps(out), flush=True)
     os._exit(0)  # the other rank is gone: nothing can be taken down together
