@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import sys
 import time
@@ -35,6 +36,7 @@ import shoal.optim
 from shoal import container, mnist
 from shoal.data import OPENERS
 from shoal.errors import CheckpointCorrupt, ConfigError, DataError, PeerLost, ResumeMismatch, ShoalError
+from shoal.rng import checked_seed
 
 USUAL = {  # compressor and step sizes of the two models where none are given; the step sizes are tuned by hand
     "ddp": ("Correlated(levels=16)", {"cnn": 0.05, "gru": 0.2}),
@@ -270,7 +272,10 @@ def run(args: argparse.Namespace, rank: int, world: int, console: Console) -> No
     writer = board(args.tensorboard) if args.tensorboard and rank == 0 else None
     trainer, first = Trainer(model, args, len(mine[0])), 0
     if args.checkpoint:
-        args.checkpoint.mkdir(parents=True, exist_ok=True)
+        try:
+            args.checkpoint.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--checkpoint {args.checkpoint}: {error.strerror}. Name a folder to write in.") from None
         state = saved(args.checkpoint, rank)
         if state is not None:
             first = trainer.load(state, args.checkpoint, mine[0][:1], mine[1][:1])
@@ -329,11 +334,19 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds without an answer until a rank is lost")
     parser.add_argument("--tensorboard", type=Path, help="folder of its logs")
     args = parser.parse_args()
-    if min(args.steps, args.batch, args.every) < 1:
-        parser.error("--steps, --batch and --every are at least 1.")
     if "RANK" not in os.environ:
         parser.error("start it with torchrun: torchrun --standalone --nproc-per-node 4 examples/train.py ...")
     return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ConfigError for options that cannot work on any rank."""
+    for name in ("steps", "batch", "every"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} {getattr(args, name)}: at least 1.")
+    if args.lr is not None and not 0.0 <= args.lr < math.inf:
+        raise ConfigError(f"--lr {args.lr:g}: a finite number, not negative.")
+    checked_seed(args.seed)
 
 
 def main() -> int:
@@ -341,6 +354,7 @@ def main() -> int:
     args, console = parsed(), Console(stderr=True)
     torch.set_num_threads(1)
     try:
+        check(args)
         with shoal.connect(args.timeout):
             run(args, dist.get_rank(), dist.get_world_size(), console)
     except ShoalError as error:

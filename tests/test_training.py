@@ -612,6 +612,26 @@ def test_the_example_trains_and_resumes_to_the_same_bits(world, example, monkeyp
 def test_the_example_says_what_is_wrong(world, example, monkeypatch, tmp_path):
     with pytest.raises(DataError, match=r"--text .*nowhere"):
         run_example(example, monkeypatch, "--model", "gru", "--text", tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--checkpoint .*file/runs: Not a directory"):
+        run_example(example, monkeypatch, "--checkpoint", tmp_path / "file" / "runs", "--optimizer", "ef21")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--lr", "-1"], "--lr -1: a finite number, not negative"),
+        (["--lr", "nan", "--optimizer", "ef21"], "--lr nan"),
+        (["--steps", "0"], "--steps 0: at least 1"),
+        (["--seed", "-1"], "seed=-1"),
+    ],
+    ids=lambda v: str(v)[:20],
+)
+def test_options_of_the_example_that_cannot_work_are_one_line(example, monkeypatch, capsys, options, said):
+    """Before ranks meet."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *options])
+    assert example.main() == 2
+    assert capsys.readouterr().err.startswith(f"rank 0: error: {said}")
 
 
 # ------------------------------------------------------------------------------------------------ two ranks
