@@ -657,6 +657,8 @@ def test_two_ranks():
     assert "NonFiniteError: client 1, round 1" in found["said"]["optim nan"][0]
     assert "seed: rank 0: 0; rank 1: 1" in found["said"]["ddp seed"][0]
     assert "parameters: rank 0: " in found["said"]["optim start"][0]
+    assert "channel: rank 0: replicated; rank 1: sharded" in found["said"]["optim versions"][0]
+    assert "versions.torch: rank 0: 2.0; rank 1: 2.1" in found["said"]["optim versions"][0]
     begun, *steps, _ = found["said"]["optim rates"][0]
     assert "groups.0.lr: rank 0: 0.25; rank 1: 0.5 | groups.0.weight_decay: rank 0: 0.0; rank 1: 0.5" in begun
     assert steps[:2] == ["nothing"] * 2

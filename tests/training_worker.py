@@ -132,6 +132,18 @@ def optim_start(rank: int) -> str:
     return out
 
 
+def optim_versions(rank: int) -> str:
+    """Another channel, and another version of torch."""
+    model = net()
+    optimizer, true = make("ef21", model, channel=["replicated", "sharded"][rank]), shoal.optim.versions
+    shoal.optim.versions = lambda: true() | {"torch": f"2.{rank}"}
+    try:
+        return said(lambda: optimizer.step(closure_of(optimizer, model, 0, rank)))
+    finally:
+        shoal.optim.versions = true
+        optimizer.close()
+
+
 def optim_rates(rank: int) -> list[str]:
     """Ranks that begin with other rates, and ranks whose schedules part in step 2; what was wrong is mended then."""
     model = net()
@@ -226,6 +238,7 @@ def main() -> None:
             "ddp seed": said(lambda: shoal.ddp.attach(DistributedDataParallel(net()), "TopK(0.1)", seed=rank)),
             "optim nan": optim_nan(rank),
             "optim start": optim_start(rank),
+            "optim versions": optim_versions(rank),
             "optim rates": optim_rates(rank),
             "optim alike": optim_alike(rank),
             "scale": scale(rank),
