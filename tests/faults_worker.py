@@ -28,6 +28,7 @@ from shoal.errors import ShoalError  # noqa: E402
 from shoal.runtimes import group as start  # noqa: E402
 from shoal.runtimes.peers import Peers  # noqa: E402
 from shoal.runtimes.replicated import Replicated  # noqa: E402
+from shoal.runtimes.signals import Signal  # noqa: E402
 
 attempts = 0
 
@@ -141,6 +142,7 @@ def running(rank: int, peers: Peers) -> None:
     peers.digest = b"8 bytes."
     for peers.round in range(100_000):
         peers.all(torch.tensor([rank]))
+        peers.all(torch.full((1000,), rank))  # too many bytes for a signal
         peers.swap([torch.zeros(rank + r, dtype=torch.uint8) for r in range(peers.world)],
                    [rank + r for r in range(peers.world)])  # fmt: skip
 
@@ -170,7 +172,7 @@ def death(place: str, victims: list[int], world: int = 4) -> dict[str, Any]:
             if mine and place == "round":
                 at = 20
 
-                def fence(kind: int, body: bytes, nbytes: int = 0) -> list[int]:
+                def fence(kind: int, body: bytes, nbytes: int = 0) -> list[Signal]:
                     if peers.lines.number > at:
                         die()
                     return Peers._fence(peers, kind, body, nbytes)

@@ -27,7 +27,7 @@ from shoal.experiments.expressions import compact
 from shoal.experiments.timing import normal_rows
 from shoal.experiments.workload import Bucket, Workload, assumed, filled, found, measured
 from shoal.messages import Round
-from shoal.runtimes import Local
+from shoal.runtimes import Local, peers
 from shoal.runtimes.ranks import KINDS
 from shoal.runtimes.reduce import reduce
 from shoal.runtimes.rehearsal import Step, rehearsed
@@ -51,8 +51,9 @@ def play_of(code, kind, world, d, channels, rows=None):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("code", CODES, ids=repr)
 @pytest.mark.parametrize("world", [2, 3, 5])
-def test_a_rehearsal_moves_and_says_what_the_exchange_does(code, kind, world):
+def test_a_rehearsal_moves_and_says_what_the_exchange_does(code, kind, world, monkeypatch):
     """Ranks that all run to the end say the same mean, and count the same bytes but for the signals."""
+    monkeypatch.setattr(peers, "SMALL", -1)
     d, there, here = 2000, {}, {}
     means = seated(world, play_of(code, kind, world, d, there))
     done = rehearsed(world, play_of(code, kind, world, d, here))
@@ -63,6 +64,18 @@ def test_a_rehearsal_moves_and_says_what_the_exchange_does(code, kind, world):
     assert done.moved == here[0].peers.moved <= sum(step.nbytes for step in done.steps)
     assert [s.kind for s in done.steps[::2]] == ["signals"] * (len(done.steps) // 2)
     assert isinstance(there[0].peers, Seat)
+
+
+def test_a_rehearsal_has_few_bytes_in_the_signals():
+    for size in (0, 5, peers.SMALL // 8):
+        done = rehearsed(3, lambda seat, size=size: seat.all(torch.full((size,), seat.rank)))
+        assert [one.tolist() for one in done.result] == [[rank] * size for rank in range(3)]
+        assert [step.kind for step in done.steps] == ["signals"]
+        assert done.moved == done.steps[0].nbytes == 2 * (SIZE + len("a tensor, torch.int64") + 8 * size)
+    assert [step.kind for step in rehearsed(3, lambda seat: seat.all(torch.zeros(peers.SMALL))).steps] == [
+        "signals",
+        "ring",
+    ]
 
 
 def test_a_rehearsal_raises_what_another_rank_raises():

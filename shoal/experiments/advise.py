@@ -86,21 +86,19 @@ class Line:
 def measured_line(peers: Peers, repeat: int = 5) -> Line:
     """The line between these ranks, from all-gathers of two sizes: medians, of the slowest rank. Collective.
 
-    An all-gather behind its signals takes a latency for these and one for every rank that the bytes pass. The long one
-    grows until it takes half a second, or 16 MiB a rank.
+    A few bytes travel in the signals: one latency. Many go behind them, and take one more for every rank that they
+    pass; their number grows until it takes half a second, or 16 MiB a rank.
     """
     others = peers.world - 1
     if others < 1:
         raise ConfigError("one rank has no line: start at least two, or give --ranks, --bandwidth and --latency.")
-    small, size = 64, 1 << 16
-    quick = _all_gather(peers, small, repeat)
+    size, latency = 1 << 16, _all_gather(peers, 64, repeat)
     slow = _all_gather(peers, size, 1)
     while slow < 0.5 and size < 1 << 24:
         size *= 4
         slow = _all_gather(peers, size, 1)
     slow = _all_gather(peers, size, repeat)
-    latency = quick / (others + 1)
-    return Line(others * (size - small) / max(slow - quick, 1e-6), latency)
+    return Line(others * size / max(slow - (others + 1) * latency, 1e-6), latency)
 
 
 def _all_gather(peers: Peers, size: int, repeat: int) -> float:

@@ -24,9 +24,10 @@ from torch import Tensor
 from shoal.errors import NonFiniteError
 from shoal.runtimes.lines import TIMEOUT, Lines
 from shoal.runtimes.meeting import meet
-from shoal.runtimes.signals import ALL, BARRIER, FAULT, GATHER, HELLO, SWAP, Signal, bounds, fault, judge, table
+from shoal.runtimes.signals import ALL, BARRIER, FAULT, GATHER, HELLO, SWAP, TELL, Signal, bounds, fault, judge, table
 from shoal.wire import digest
 
+SMALL = 4096  # bytes that are told in a signal
 _LINES: WeakKeyDictionary[dist.ProcessGroup, Lines] = WeakKeyDictionary()
 _MEETINGS: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
@@ -52,15 +53,15 @@ class Peers:
         _LINES[known] = self.lines
         self.digest, self.round = bytes(8), 0
 
-    def _fence(self, kind: int, body: bytes, nbytes: int = 0) -> list[int]:
-        """Returns once all ranks are about to do the same: how many bytes each of them brings."""
+    def _fence(self, kind: int, body: bytes, nbytes: int = 0) -> list[Signal]:
+        """Returns once all ranks are about to do the same: what each of them says."""
         signal = Signal(
             kind, self.rank, self.world, self.lines.number, self.round, nbytes, self.digest, self.lines.attempt, body
         )
         signals, sent = self.lines.exchange(signal)
         self.moved += sent
         judge(signals)
-        return [one.nbytes for one in signals]
+        return signals
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -77,15 +78,24 @@ class Peers:
             return
         pause, end = 5e-5, time.monotonic() + self.lines.timeout  # a group's own limit may be 30 minutes
         while not work.is_completed() and time.monotonic() < end:
-            self.lines.watch(pause)
+            if pause < 1e-3:
+                time.sleep(pause)  # a selector rounds up to milliseconds
+            else:
+                self.lines.watch(pause)
             pause = min(1.25 * pause, 2e-3)  # a quarter of the time that has passed, at most
         work.wait(timedelta(seconds=max(end - time.monotonic(), 1e-3)))
 
     def all(self, mine: Tensor, what: str = "") -> list[Tensor]:
-        """Every rank's tensor, in rank order; all of one shape and type. `what`: in words, the same at all ranks."""
+        """Every rank's tensor, in rank order; all of one shape and type. `what`: in words, the same at all ranks.
+
+        Small ones travel in the signals: it takes a line's latency once, and not once more for every rank.
+        """
         mine = mine.contiguous()
-        size = mine.numel() * mine.element_size()
-        self._fence(ALL, f"{_brief(what or 'a tensor')}, {mine.dtype}".encode(), size)
+        size, words = mine.numel() * mine.element_size(), f"{_brief(what or 'a tensor')}, {mine.dtype}".encode()
+        if size <= SMALL:
+            told = self._fence(TELL, words + mine.reshape(-1).view(torch.uint8).numpy().tobytes(), size)
+            return [_told(one, mine) for one in told]
+        self._fence(ALL, words, size)
         out = self._gathered(mine)
         self.moved += size * (self.world - 1)
         return out
@@ -118,7 +128,7 @@ class Peers:
     def gather(self, mine: Tensor, most: Sequence[int], what: str = "") -> list[Tensor]:
         """Every rank's bytes, in rank order, (b,) uint8: of rank r any number up to most[r], which all ranks know. What
         each brings stands in the signals."""
-        sizes = self._fence(GATHER, bounds(most, _brief(what or "bytes")), len(mine))
+        sizes = [one.nbytes for one in self._fence(GATHER, bounds(most, _brief(what or "bytes")), len(mine))]
         nothing = mine[:0]
         pieces = [nothing if rank == self.rank else mine for rank in range(self.world)]
         out = self._swapped(pieces, [0 if rank == self.rank else size for rank, size in enumerate(sizes)])
@@ -150,6 +160,12 @@ def in_use(group: dist.ProcessGroup) -> bool:
     """Whether somebody exchanges over this group, and has not left it."""
     lines = _LINES.get(group)
     return lines is not None and not lines.closed
+
+
+def _told(signal: Signal, like: Tensor) -> Tensor:
+    """What a signal has behind its words: a tensor of that shape and type."""
+    data = bytearray(signal.body[len(signal.body) - signal.nbytes :])
+    return torch.frombuffer(data, dtype=like.dtype).reshape(like.shape) if data else torch.empty_like(like)
 
 
 def _brief(what: str) -> str:

@@ -41,10 +41,10 @@ from shoal.errors import (
 )
 from shoal.wire import VERSION
 
-HELLO, ALL, SWAP, BARRIER, FAULT, ROLL, BYE, GATHER = range(8)
+HELLO, ALL, SWAP, BARRIER, FAULT, ROLL, BYE, GATHER, TELL = range(9)
 KINDS = (
     "a handshake", "an all-gather", "an all-to-all", "a barrier", "a fault", "a roll call", "a farewell",
-    "an uneven all-gather",
+    "an uneven all-gather", "an all-gather in the signals",
 )  # fmt: skip
 SIZE = 64
 LONGEST = 2**20  # bytes of a body
@@ -142,8 +142,8 @@ def judge(signals: Sequence[Signal]) -> None:
     if any(x.kind == FAULT for x in s):
         raise _faults([x for x in s if x.kind == FAULT])
     _same("what comes next", [KINDS[x.kind] if x.kind < len(KINDS) else x.kind for x in s], RoundMismatch, ORDER)
-    if s[0].kind == ALL:
-        _same("what is exchanged", [x.body.decode(errors="replace") for x in s], ConfigMismatch, COMMAND)
+    if s[0].kind in (ALL, TELL):
+        _same("what is exchanged", [_words(x) for x in s], ConfigMismatch, COMMAND)
         _same("the number of bytes", [x.nbytes for x in s], LengthError, COMMAND)
     if s[0].kind == SWAP:
         _judge_swap(s)
@@ -151,6 +151,11 @@ def judge(signals: Sequence[Signal]) -> None:
         _judge_gather(s)
     if s[0].kind == HELLO:
         _judge_configs(s)
+
+
+def _words(signal: Signal) -> str:
+    """What is exchanged, in words: a body without the bytes that are told in it."""
+    return (signal.body if signal.kind == ALL else signal.body[: -signal.nbytes or None]).decode(errors="replace")
 
 
 def fault(error: NonFiniteError) -> bytes:
