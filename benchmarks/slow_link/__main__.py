@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -156,6 +157,7 @@ def drawn(found: dict[tuple[str, str], list[Found]], path: Path) -> None:
 
 def main() -> int:
     """Exit status 0 when everything ran, whatever came out."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what was made is taken down again
     chosen = options()
     out, err, found = Console(), Console(stderr=True), dict[tuple[str, str], list[Found]]()
     if not out.is_terminal:
