@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ def options() -> argparse.Namespace:
 
 def main() -> int:
     """Exit status 0 when everything ran, however far off."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what was made is taken down again
     chosen = options()
     if chosen.rank:
         torch.set_num_threads(1)
