@@ -177,13 +177,14 @@ def compressed(
     parts, errors, bounds, sizes, proved = [], 0.0, list[float | None](), 0.0, True
     for bucket, rows in zip(work.buckets, work.parts(), strict=True):
         play = _played(code, feedback, world, make, bucket, rows)
+        done = rehearsed(world, play)
         if peers is not None:
-            peers.barrier()
-        done = [rehearsed(world, play) for _ in range(repeat + 1)]
-        codec = slowest(peers, float(np.median([one.seconds for one in done[1:]])))
-        parts.append(Part(codec, done[0].steps, done[0].moved))
+            peers.barrier()  # behind the first: what one rank still compiles or loads would cost the others' cores
+        # Results are not kept: the next rehearsal takes their memory, as the next step of a training does.
+        codec = slowest(peers, float(np.median([rehearsed(world, play).seconds for _ in range(repeat)])))
+        parts.append(Part(codec, done.steps, done.moved))
         if bucket.coded:
-            error, size, bound, sure = _errors(code, world, [u for u, _ in rows], done[0])
+            error, size, bound, sure = _errors(code, world, [u for u, _ in rows], done)
             errors, sizes, proved = errors + error, sizes + size, proved and sure
             bounds.append(bound)
         sizes += sum(float(v.double().square().sum()) for _, v in rows) / len(rows)
