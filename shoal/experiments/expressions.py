@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from shoal import compressors, methods, problems
@@ -35,26 +36,30 @@ def known_names(files: Iterable[str] = ()) -> dict[str, type]:
     return names
 
 
+def module_of(path: Path, called: str) -> ModuleType:
+    """A Python file as a module, run once a process. Raises ConfigError, `called` first, where it does not run."""
+    name = f"shoal_file_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ConfigError(f"{called} does not run: {type(error).__name__}: {error}") from error
+    return module
+
+
 def _load(file: str) -> dict[str, type]:
     path = Path(file).expanduser()
     if path.suffix != ".py" or not path.is_file():
         raise ConfigError(f"--with {file}: not a Python file.")
-    name = f"shoal_with_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-    module = sys.modules.get(name)
-    if module is None:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[name]
-            raise ConfigError(f"--with {file}: it does not run: {type(error).__name__}: {error}") from error
-    kinds = (Compressor, Method, Problem)
-    found = {
-        k: v for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, kinds) and v.__module__ == name
-    }
+    module = module_of(path, f"--with {file}: it")
+    own = {k: v for k, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__}
+    found = {k: v for k, v in own.items() if issubclass(v, Compressor | Method | Problem)}
     if not found:
         raise ConfigError(f"--with {file}: it defines no Compressor, Method or Problem.")
     return found

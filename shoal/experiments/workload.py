@@ -12,9 +12,6 @@ it has reached 1 MiB (the first) or 25 MiB (the others).
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import ConfigError
+from shoal.experiments.expressions import module_of
 from shoal.experiments.timing import normal_rows
 from shoal.problems.networks import resnet18, small_cnn
 
@@ -134,16 +132,7 @@ def found(text: str) -> Callable[[], Any]:
         raise ConfigError(f"{text!r} is no model: FILE.py:FUNCTION, or one of {', '.join(BUILT_IN)}.")
     if not path.is_file():
         raise ConfigError(f"{text!r}: there is no file {path}.")
-    known = f"shoal_model_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(known, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[known] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"{file} does not run: {type(error).__name__}: {error}") from error
-    setup = getattr(module, name, None)
+    setup = getattr(module_of(path, file), name, None)
     if not callable(setup):
         raise ConfigError(f"{file} defines no function {name}: {CONTRACT}.")
     return setup
