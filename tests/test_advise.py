@@ -147,7 +147,8 @@ def test_ranks_that_share_cores_keep_them_busy(others, seconds, monkeypatch):
 
 def test_cores_are_those_that_this_process_may_use():
     where, count = line.cores()
-    assert count == len(os.sched_getaffinity(0)) and (where, count) == line.cores()
+    assert count == len(os.sched_getaffinity(0))
+    assert (where, count) == line.cores()
 
 
 # ------------------------------------------------------------------------------------------------ the step
