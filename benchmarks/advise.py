@@ -132,7 +132,7 @@ def main() -> int:
                 (line,) = (json.loads(text) for text in said(places, words))
             here = []
             asked = argparse.Namespace(ranks=chosen.ranks, repeat=chosen.repeat, way=["float32", *chosen.way], data="",
-                                       accuracy=1.0)  # fmt: skip
+                                       accuracy=1.0, batch=1)  # fmt: skip
             for job in JOBS:
                 progress.update(bar, description=f"{link}: {job}")
                 for found in measured(link, job, asked):
