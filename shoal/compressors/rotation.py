@@ -1,8 +1,8 @@
 """Rotations that spread a vector evenly over its coordinates, and rounding onto a grid as wide as what is left.
 
 Randomized Hadamard rotations before quantization: Suresh, Yu, Kumar, McMahan, "Distributed mean estimation with
-limited communication", 2017, arXiv:1611.00429. Constants, and what a rotation does to the constants of the compressor
-inside it: docs/derivations/rotation.md.
+limited communication", 2017, arXiv:1611.00429, which pads to a power of two; here two transforms overlap instead.
+Constants, and what a rotation does to the constants of the compressor inside it: docs/derivations/rotation.md.
 """
 
 from __future__ import annotations
