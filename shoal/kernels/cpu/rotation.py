@@ -160,7 +160,7 @@ def rotate(u: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 @njit(cache=True, nogil=True)
 def _placed(signs, start, size, words):
-    """Rows of words whose bits start, ..., start + size - 1 are the first `size` of signs, the others those of words."""
+    """Rows of words: bits start, ..., start + size - 1 are the first `size` of signs, the others are those of words."""
     mask, shift = np.uint64(0xFFFFFFFF if size >= 32 else (1 << size) - 1), np.uint64(start % 32)
     out = np.empty((max(signs.shape[0], words.shape[0]) if signs.shape[0] else 0, words.shape[1]), np.uint32)
     for i in range(out.shape[0]):
