@@ -51,7 +51,7 @@ def test_chunks_cover_all_rows():
     for m, d, chunk in ((5, 12, None), (5, 12, 1), (5, 12, 3), (5, 12, 9), (7, 2**21, None), (3, 2**30, None)):
         parts = chunks(m, d, chunk)
         assert [i for part in parts for i in range(part.start, part.stop)] == list(range(m))
-    assert len(chunks(7, 2**21)) == 4, "2 clients are 2^22 coordinates"
+    assert len(chunks(7, 2**19)) == 4, "2 clients are 2^20 coordinates"
 
 
 @every

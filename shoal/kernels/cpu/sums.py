@@ -14,6 +14,8 @@ from shoal.kernels.cpu.lanes import add_squares_16, add_squares_256
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.reference.sums import LANES, SUM_BLOCK
 
+TOGETHER = 2048  # coordinates whose sums stay in the first-level cache
+
 
 @njit(inline="always")
 def added_lanes(lanes):
@@ -106,18 +108,25 @@ def square_norm(x: Tensor) -> float:
 
 
 @njit(cache=True, nogil=True)
-def _add_rows(u, total):
-    for i in range(u.shape[0]):
-        for j in range(u.shape[1]):
-            total[j] += np.float64(u[i, j])
+def _add_rows(u, total, lo, hi):
+    for first in range(lo, hi, TOGETHER):
+        sums = total[first : min(first + TOGETHER, hi)]
+        for i in range(u.shape[0]):
+            row = u[i, first : first + sums.size]
+            for j in range(sums.size):
+                sums[j] += np.float64(row[j])
+
+
+def _add(u: np.ndarray, total: np.ndarray) -> None:
+    spread(_add_rows, (u, total), total.size, TOGETHER, LEAST // max(len(u), 1))
 
 
 def add_rows(u: Tensor, total: Tensor) -> None:
-    _add_rows(u.numpy(), total.numpy())
+    _add(u.numpy(), total.numpy())
 
 
 def mean_rows(u: Tensor, cohort: int) -> Tensor:
     total = np.zeros(u.shape[1])
-    _add_rows(u.numpy(), total)
+    _add(u.numpy(), total)
     total /= cohort
     return torch.from_numpy(total)
