@@ -19,7 +19,7 @@ from torch import Tensor
 from shoal import kernels
 from shoal.compressors.dither import read_scale
 from shoal.compressors.lloyd import POINTS
-from shoal.compressors.rotation import Conditional, checked_norms, padded, rotate_back, sign_draws
+from shoal.compressors.rotation import Conditional, checked_back, checked_norms, sign_draws
 from shoal.errors import ConfigError
 from shoal.messages import (
     FLOAT_MAX,
@@ -45,6 +45,11 @@ DISTORTION = {
 
 
 SIGNS = torch.tensor([-1.0, 1.0])
+
+
+def padded(d: int) -> int:
+    """The least power of two that is at least d: to so many coordinates these rotations pad with zeros."""
+    return 1 << (d - 1).bit_length()
 
 
 @cache
@@ -125,7 +130,7 @@ class Turned(Conditional):
         """The parts' bytes, and for the scale (m,) float64 <y, q> and ||u_i||^2, or what stands for it."""
         ops, square = kernels.of(u), kernels.of(u).dots(u, u)
         self._checked_squares(u, square, rnd)
-        y = ops.rotate(u, self._draws(rnd.slots, rnd), D)
+        y = ops.rotate_padded(u, self._draws(rnd.slots, rnd), D)
         along, sent, at = torch.zeros_like(square), [], 0
         for count, bits in self._parts(D):
             part, table = y if count == D else y[:, at : at + count].contiguous(), self._table(bits)
@@ -167,7 +172,7 @@ class Turned(Conditional):
         rows = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         if rows.shape[1] < D:  # what was not sent is zero
             rows = torch.nn.functional.pad(rows, (0, D - rows.shape[1]))
-        return rotate_back(rows, msgs.d, type(self).__name__, msgs.slots, rnd, self.rounds)
+        return checked_back(ops.rotate_padded_back(rows, self._draws(msgs.slots, rnd), msgs.d))
 
 
 @cache

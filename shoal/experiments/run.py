@@ -331,6 +331,8 @@ def simulate(
     whole, rows, faults, trail = problem, list[Row](), list[dict[str, Any]](), Trail()
     if shaken is not None:
         problem = whole.only(channel.clients)
+        if channel.rank > 0:
+            whole = problem  # the others' data can go; the first rank says what the whole problem is
     memory: Memory | None = None
     interrupts = Interrupts()
 

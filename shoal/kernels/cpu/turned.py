@@ -25,7 +25,7 @@ from shoal.kernels.cpu.rotation import (
     columns,
     dots,
     piece,
-    rotate,
+    rotate_padded,
     sign_words,
     small,
 )
@@ -44,10 +44,11 @@ def _rows(u, signs, scale, size, code, sums, squares, lo, hi):
         row, to = u[i], code[i]
         if squares.size:
             squares[i, 0] = piece(row, row, 0, lanes)
+        own = signs[i % signs.shape[0]]
         if size < LEAF:
-            small(u[i : i + 1], x.reshape(1, size), signs[i % signs.shape[0] :], True, scale)
+            small(row, row, row.size, own, True, scale, x)
         else:
-            block(row, 0, signs[i % signs.shape[0]], True, scale, x, room)
+            block(row, row, row.size, 0, own, True, scale, x, room)
         lanes[:] = 0.0
         for j in range(0, size, 64):
             put_word(to, j // 8, split_64(x, j, lanes))
@@ -62,7 +63,8 @@ def _first(u, signs, scale, x, squares, across, lo, hi):
         i, p = q // across, q % across
         if p < squares.shape[1]:
             squares[i, p] = piece(u[i], u[i], p * SUM_BLOCK, lanes)
-        block(u[i], p * BLOCK, signs[i % signs.shape[0]], True, scale, x[i, p * BLOCK : (p + 1) * BLOCK], room)
+        row, own = u[i], signs[i % signs.shape[0]]
+        block(row, row, row.size, p * BLOCK, own, True, scale, x[i, p * BLOCK : (p + 1) * BLOCK], room)
 
 
 @njit(cache=True, nogil=True)
@@ -98,17 +100,17 @@ def _turned(u: np.ndarray, signs: np.ndarray, code: np.ndarray, sums: np.ndarray
     spread(_first, (u, signs, scale, x, squares, across), m * across, least=LEAST // BLOCK)
     step = BLOCK
     while step < stride:
-        spread(columns, (x, step, 16), x.size // (16 * COLUMNS), least=LEAST // (16 * COLUMNS))
+        spread(columns, (x, 0, x.shape[1], step, 16), x.size // (16 * COLUMNS), least=LEAST // (16 * COLUMNS))
         step *= 16
     spread(_last, (x, stride, full, code, sums), m * (stride // BLOCK), least=1)
 
 
 def rotate_signs(u: Tensor, draws: Sequence[Draw], size: int) -> tuple[Tensor, Tensor, Tensor]:
     if size < 64:
-        return *encode_signs(rotate(u, draws, size)), dots(u, u)
+        return *encode_signs(rotate_padded(u, draws, size)), dots(u, u)
     (m, d), square = u.shape, None
     if len(draws) > 1:
-        square, u = dots(u, u), rotate(u, draws[:-1], size)
+        square, u = dots(u, u), rotate_padded(u, draws[:-1], size)
     code, sums = ready((m, size // 8), np.uint8), np.empty((m, -(-size // SUM_BLOCK)))
     squares = np.empty((m, -(-d // SUM_BLOCK) if square is None else 0))
     rows, signs = u.numpy(), sign_words(draws[-1], size)

@@ -14,7 +14,7 @@ from shoal.kernels.gpu.bits import sign_bits
 from shoal.kernels.gpu.launch import TILE, inner, launch, tiles
 from shoal.kernels.gpu.packing import field, store_packed
 from shoal.kernels.gpu.philox import tile_of
-from shoal.kernels.gpu.rotation import rotate
+from shoal.kernels.gpu.rotation import rotate_padded
 from shoal.kernels.gpu.sums import dots, sums
 
 
@@ -23,7 +23,7 @@ def encode_signs(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate_signs(u: Tensor, draws: Sequence[Draw], size: int) -> tuple[Tensor, Tensor, Tensor]:
-    return *encode_signs(rotate(u, draws, size)), dots(u, u)
+    return *encode_signs(rotate_padded(u, draws, size)), dots(u, u)
 
 
 @triton.jit

@@ -34,6 +34,8 @@ from shoal.kernels.reference.rotation import (
     hadamard,
     rotate,
     rotate_back,
+    rotate_padded,
+    rotate_padded_back,
     rotate_signs,
 )
 from shoal.kernels.reference.sparse import ascending, gather, mean_sparse, scatter, topk
@@ -88,6 +90,8 @@ __all__ = [
     "permutation",
     "rotate",
     "rotate_back",
+    "rotate_padded",
+    "rotate_padded_back",
     "rotate_signs",
     "scatter",
     "scatter_dealt",
