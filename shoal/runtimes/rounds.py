@@ -182,13 +182,14 @@ def _uplink(
         whole.payload[part, : sent.payload.shape[1]] = sent.payload
         whole.nbytes[part] = sent.nbytes
 
-    held: deque[tuple[Rows, slice, Hosted, Any]] = deque()
+    held: deque[tuple[Rows, slice, Hosted]] = deque()
     scalars, faults = [torch.zeros(0)], _Faults(channel, rnd)
     for part, at in parts:
         with faults.noted():
             u, new = method.up(take(workers, at), down.rows(part), watch.grad, rnd.rows(part))
             if len(u) and code.agrees:
-                held.append((u, part, at, new))
+                after.put(at, new)
+                held.append((u, part, at))
                 scalars.append(code.prepare(u, rnd.rows(part)))
             elif len(u):
                 send(u, part, at, rnd, new)
@@ -196,11 +197,12 @@ def _uplink(
                 after.put(at, new)
     faults.tell()
     if code.agrees:
-        rnd = replace(rnd, agreed=channel.agree(torch.cat(scalars), rnd))
+        rnd, moved = replace(rnd, agreed=channel.agree(torch.cat(scalars), rnd)), after.state
+        after = after if rnd.members is not None else After(moved, len(channel.clients), cohort=False)
         while held:
-            u, part, at, new = held.popleft()
+            u, part, at = held.popleft()
             with faults.noted():
-                send(u, part, at, rnd, new)
+                send(u, part, at, rnd, take(moved, at))
         faults.tell()
     if whole is None:  # this process hosts none of the cohort
         whole = Messages(torch.zeros(0, width, dtype=torch.uint8), rnd.slots, rnd.slots, d)
