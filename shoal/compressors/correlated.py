@@ -322,7 +322,7 @@ class Correlated(Compressor):
         return values
 
     def _places(self, slots: Tensor, rnd: Round) -> Tensor:
-        return rnd.permutation(rnd.cohort, "Correlated.places").index_select(0, slots)
+        return rng.places(rnd.shared("Correlated.places"), rnd.cohort, slots)
 
     def _split(self, slots: Tensor, d: int, rnd: Round) -> Split:
         """Who sends what: one permutation of the clients gives the groups, and the places in them."""

@@ -140,7 +140,7 @@ class CorrelatedOffset(Compressor):
                 raise ConfigError(f"the agreed scale {float(r[0]):g} is smaller than an entry; agree on max |u_ij|.")
         else:
             r = checked_scale(ops.norms(u), rnd, self._gain(n))
-        place = rnd.permutation(n, "CorrelatedOffset.places")[rnd.slots]
+        place = rng.places(rnd.shared("CorrelatedOffset.places"), n, rnd.slots)
         shifts = rng.below(rnd.shared("CorrelatedOffset.shifts"), d, n)
         private, ties = rnd.draw("CorrelatedOffset.bits"), rnd.draw("CorrelatedOffset.ties")
         code = ops.encode_strata(

@@ -10,6 +10,7 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.buffers import ready
+from shoal.kernels.cpu.codes import take_four
 from shoal.kernels.cpu.lanes import (
     MOST_COUNTED,
     MOST_STRATA,
@@ -32,6 +33,7 @@ from shoal.kernels.reference.bits import LIFT, TINY
 V = np.float32(2.0**-24)
 WIDE = 4 * TILE  # coordinates that share a pass of shifts: 16 KiB, and a row's turn costs as much as some hundred bits
 AHEAD = 512  # bytes of a row that are on their way while 64 are counted: of so many rows, none is foreseen
+MOST = float(np.finfo(np.float32).max)
 _MAGIC, _TOP = np.uint64(0x0102040810204080), np.uint64(56)
 
 
@@ -170,6 +172,21 @@ def share(kernel: Any, args: tuple[Any, ...], m: int, d: int) -> None:
         spread(kernel, (*args, False), m, least=LEAST // d)
     else:
         spread(kernel, (*args, True), d, TILE)
+
+
+@njit(cache=True, nogil=True)
+def _read_scales(payload, gain, most, out):
+    good, bits = True, out.view(np.uint32)
+    for i in range(out.size):
+        bits[i] = take_four(payload[i], 0)
+        good &= out[i] >= np.float32(0) and np.float64(out[i]) * gain <= most
+    return good
+
+
+def read_scales(payload: Tensor, gain: float) -> tuple[Tensor, bool]:
+    out = np.empty(len(payload), np.float32)
+    good = _read_scales(payload.numpy(), gain, MOST, out)
+    return torch.from_numpy(out), good
 
 
 def _rows(payload: Tensor) -> np.ndarray:

@@ -180,6 +180,22 @@ def permutation(draw: Draw, d: int) -> Tensor:
 
 
 @njit(cache=True, nogil=True)
+def _places(out, slots, n, slot, index, stream, k0, k1):
+    order = np.empty(n, np.int64)
+    _permutation(order, slot, index, stream, k0, k1)
+    for i in range(out.size):
+        if not 0 <= slots[i] < n:
+            raise IndexError("a slot lies beyond the permutation")
+        out[i] = order[slots[i]]
+
+
+def places(draw: Draw, n: int, slots: Tensor) -> Tensor:
+    out = np.empty(len(slots), np.int64)
+    _places(out, slots.numpy(), n, *shared_key(draw))
+    return torch.from_numpy(out)
+
+
+@njit(cache=True, nogil=True)
 def _support(out, w, d):
     m, k = out.shape
     taken, one, low = np.zeros((d + 63) // 64, np.uint64), np.uint64(1), np.uint64(63)

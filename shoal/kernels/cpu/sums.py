@@ -77,25 +77,47 @@ def norms(u: Tensor) -> Tensor:
     return torch.from_numpy(out)
 
 
+@njit(inline="always")
+def _top(block):
+    """The bits of the largest magnitude: NaNs have an order there."""
+    top = np.uint32(0)
+    for j in range(block.size):
+        top = max(top, block[j] & np.uint32(0x7FFFFFFF))
+    return top
+
+
 @njit(cache=True, nogil=True)
 def _maxes(u, blocks, out, lo, hi):
     bits, largest = u.view(np.uint32), out.view(np.uint32)
     for k in range(lo, hi):
-        top, first = np.uint32(0), k % blocks * SUM_BLOCK
-        block = bits[k // blocks, first : min(first + SUM_BLOCK, bits.shape[1])]
-        for j in range(block.size):
-            top = max(top, block[j] & np.uint32(0x7FFFFFFF))
-        largest[k] = top
+        first = k % blocks * SUM_BLOCK
+        largest[k] = _top(bits[k // blocks, first : min(first + SUM_BLOCK, bits.shape[1])])
+
+
+def _block_maxes(u: np.ndarray) -> np.ndarray:
+    """(m, blocks) uint32: the bits of the largest magnitudes."""
+    (m, d), blocks = u.shape, -(-u.shape[1] // SUM_BLOCK)
+    out = np.empty((m, blocks), np.float32)
+    spread(_maxes, (u, blocks, out.reshape(-1)), m * blocks, least=LEAST // min(d, SUM_BLOCK))
+    return out.view(np.uint32)
 
 
 def maxes(u: Tensor) -> Tensor:
-    m, d = u.shape
-    blocks = -(-d // SUM_BLOCK)
-    out = np.empty(m * blocks, np.float32)
-    spread(_maxes, (u.numpy(), blocks, out), m * blocks, least=LEAST // min(d, SUM_BLOCK))
-    if blocks > 1:  # by their bits, as NaNs have an order there
-        out = out.view(np.uint32).reshape(m, blocks).max(1).view(np.float32)
-    return torch.from_numpy(out)
+    tops = _block_maxes(u.numpy())
+    return torch.from_numpy((tops if tops.shape[1] == 1 else tops.max(1)).view(np.float32).reshape(-1))
+
+
+@njit(cache=True, nogil=True)
+def _greatest(u):
+    top, bits = np.uint32(0), u.view(np.uint32)
+    for i in range(u.shape[0]):
+        top = max(top, _top(bits[i]))
+    return np.uint32(top).view(np.float32)
+
+
+def greatest(u: Tensor) -> float:
+    rows = u.numpy()
+    return _greatest(rows) if rows.size < 2 * LEAST else float(_block_maxes(rows).max().view(np.float32))
 
 
 def square_norm(x: Tensor) -> float:

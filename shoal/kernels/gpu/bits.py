@@ -103,6 +103,12 @@ def encode_bits(
     return out
 
 
+def read_scales(payload: Tensor, gain: float) -> tuple[Tensor, bool]:
+    r = payload[:, :4].clone(memory_format=torch.contiguous_format).view(torch.float32)[:, 0]
+    good = (r >= 0) & (r.double() * gain <= torch.finfo(torch.float32).max)
+    return r, bool(good.all())
+
+
 @triton.jit
 def _sign_bits(u, out, d, width, across, SIZE: tl.constexpr):
     i, tile = tile_of(across)

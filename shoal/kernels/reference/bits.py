@@ -78,6 +78,15 @@ def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int) -> Tensor:
     return torch.from_numpy((total / cohort).astype(np.float32))
 
 
+def read_scales(payload: Tensor, gain: float) -> tuple[Tensor, bool]:
+    """(m,) float32: the scales that rows begin with, little-endian; and whether none is negative, and `gain` times each
+    is finite in float32."""
+    r = payload.numpy()[:, :4].copy().view("<f4")[:, 0]
+    with np.errstate(over="ignore"):
+        good = (r >= 0) & (r.astype(np.float64) * gain <= np.finfo(np.float32).max)
+    return torch.from_numpy(r), bool(good.all())
+
+
 def headed(r: Tensor, code: Tensor) -> Tensor:
     return torch.cat([r[:, None].contiguous().view(torch.uint8), code], 1)
 

@@ -73,6 +73,11 @@ def permutation(draw: Draw, d: int) -> Tensor:
     return torch.from_numpy(out)
 
 
+def places(draw: Draw, n: int, slots: Tensor) -> Tensor:
+    """(m,) int64: the entries of `permutation` of 0..n-1 at these slots. Raises IndexError for a slot beyond."""
+    return permutation(draw, n).index_select(0, slots)
+
+
 def support(draw: Draw, d: int, k: int) -> Tensor:
     """(m, k) int64, ascending: a uniform k-subset of 0..d-1 for every row (Floyd's algorithm, word c for the c-th)."""
     w = word_array(draw, k).astype(np.uint64)

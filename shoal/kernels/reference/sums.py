@@ -37,6 +37,11 @@ def maxes(u: Tensor) -> Tensor:
     return torch.from_numpy(bits.max(1).view(np.float32))
 
 
+def greatest(u: Tensor) -> float:
+    """max_ij |u_ij| of all rows; a NaN or infinity among them is returned as such, 0 if there are no numbers."""
+    return float(maxes(u).numpy().view(np.uint32).max().view(np.float32)) if u.numel() else 0.0
+
+
 def square_norm(x: Tensor) -> float:
     """||x||^2 of one float64 vector, in the lanes' order."""
     return float(_lane_sums(x.numpy()[None] ** 2)[0])
