@@ -249,10 +249,14 @@ def largest(r: Tensor) -> float:
     return (r if size == 1 else r.max()).item() if size else 0.0
 
 
-def smallest(r: Tensor) -> float:
-    """The smallest of these numbers, as `largest` has the largest."""
-    size = r.numel()
-    return (r if size == 1 else r.min()).item() if size else 0.0
+def topped_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 1.0) -> tuple[Rows, float]:
+    """u as `checked_rows` has it, and max_ij |u_ij| over all rows."""
+    u = shaped_rows(u, rnd)
+    factor, ops = gain(u.shape[1]), kernels.of(u)
+    top: float = ops.greatest(u)
+    if not top * factor <= FLOAT_MAX:
+        raise _overflowing(ops.maxes(u), rnd, factor)
+    return u, top
 
 
 def checked_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 1.0) -> Rows:
@@ -261,8 +265,4 @@ def checked_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 1
     Raises ConfigError for a wrong shape, dtype or device, NonFiniteError for a NaN, an infinity, or a finite value that
     overflows float32 once multiplied by `gain(d)`. Names the client.
     """
-    u = shaped_rows(u, rnd)
-    factor, ops = gain(u.shape[1]), kernels.of(u)
-    if not ops.greatest(u) * factor <= FLOAT_MAX:
-        raise _overflowing(ops.maxes(u), rnd, factor)
-    return u
+    return topped_rows(u, rnd, gain)[0]

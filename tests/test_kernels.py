@@ -84,6 +84,8 @@ def rounded(ops: ModuleType, v: Inputs) -> list[Tensor]:
             out.append(ops.encode_bits(v.u, r, v.private, v.tie, strata, place, shifts))
             out.append(ops.encode_bits(v.u, r, v.private, v.tie, strata, place, v.shared, head=strata == 5))
             out.append(ops.encode_bits(v.u, r, v.private, v.tie, strata, place, None))
+    drawn = v.private._replace(slots=torch.arange(v.m))
+    out.append(ops.encode_bits(v.u, v.r, drawn, v.tie, 5, v.shared, v.shared, head=True))
     return out
 
 
@@ -96,6 +98,8 @@ def leveled(ops: ModuleType, v: Inputs) -> list[Tensor]:
         for s in (2, 3, 16):
             out.append(ops.encode_levels(v.u, v.r, v.private, v.tie, s, strata, place, shifts))
             out.append(ops.encode_levels(v.u, norm, v.private, v.tie, s, strata, place, None))
+    drawn = v.private._replace(slots=torch.arange(v.m))
+    out.append(ops.encode_levels(v.u, v.r, drawn, v.tie, 3, 5, v.shared, v.shared, True))
     headed = ops.encode_levels(v.u, v.r, v.private, v.tie, 16, head=True)
     same(headed[:, :4].contiguous(), v.r[:, None].view(torch.uint8))
     return [*out, headed]

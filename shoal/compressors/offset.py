@@ -19,7 +19,18 @@ from shoal.compressors.dither import checked_scale, read_scale
 from shoal.compressors.strata import supremum_max, supremum_norm
 from shoal.core import Compressor
 from shoal.errors import ConfigError, PayloadError
-from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, as_bytes, joined, largest, measured_rows
+from shoal.messages import (
+    FLOAT_MAX,
+    Messages,
+    Round,
+    Rows,
+    Vector,
+    as_bytes,
+    joined,
+    largest,
+    measured_rows,
+    topped_rows,
+)
 from shoal.slices import Slices
 from shoal.theory import AB
 
@@ -132,11 +143,11 @@ class CorrelatedOffset(Compressor):
         return measured_rows(u, rnd, self._checked_gain(rnd.cohort))[1]
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        (u, top), n = measured_rows(u, rnd, self._checked_gain(rnd.cohort)), rnd.cohort
+        (u, top), n = topped_rows(u, rnd, self._checked_gain(rnd.cohort)), rnd.cohort
         ops, d = kernels.of(u), u.shape[1]
         if self.agrees:
             r = self._agreed(rnd, len(u))
-            if largest(top) > largest(r):
+            if top > largest(r):
                 raise ConfigError(f"the agreed scale {float(r[0]):g} is smaller than an entry; agree on max |u_ij|.")
         else:
             r = checked_scale(ops.norms(u), rnd, self._gain(n))

@@ -156,10 +156,15 @@ def halves(draw: Draw, d: int) -> Tensor:
     return torch.from_numpy(out)
 
 
-def below(draw: Draw, d: int, n: int) -> Tensor:
+def below_rows(draw: Draw, d: int, n: int) -> np.ndarray:
+    """`below`, for other kernels."""
     out = ready((len(draw.slots), d), np.int32)
     spread(_below, (out, draw.slots.numpy(), *key(draw), n), d, TILE)
-    return torch.from_numpy(out)
+    return out
+
+
+def below(draw: Draw, d: int, n: int) -> Tensor:
+    return torch.from_numpy(below_rows(draw, d, n))
 
 
 @njit(cache=True, nogil=True)
@@ -189,10 +194,15 @@ def _places(out, slots, n, slot, index, stream, k0, k1):
         out[i] = order[slots[i]]
 
 
+def place_row(draw: Draw, n: int, slots: np.ndarray) -> np.ndarray:
+    """`places`, for other kernels."""
+    out = np.empty(slots.size, np.int64)
+    _places(out, slots, n, *shared_key(draw))
+    return out
+
+
 def places(draw: Draw, n: int, slots: Tensor) -> Tensor:
-    out = np.empty(len(slots), np.int64)
-    _places(out, slots.numpy(), n, *shared_key(draw))
-    return torch.from_numpy(out)
+    return torch.from_numpy(place_row(draw, n, slots.numpy()))
 
 
 @njit(cache=True, nogil=True)

@@ -94,17 +94,16 @@ def _maxes(u, blocks, out, lo, hi):
         largest[k] = _top(bits[k // blocks, first : min(first + SUM_BLOCK, bits.shape[1])])
 
 
-def _block_maxes(u: np.ndarray) -> np.ndarray:
-    """(m, blocks) uint32: the bits of the largest magnitudes."""
+def _row_maxes(u: np.ndarray) -> np.ndarray:
+    """(m,) float32: the largest magnitudes."""
     (m, d), blocks = u.shape, -(-u.shape[1] // SUM_BLOCK)
-    out = np.empty((m, blocks), np.float32)
-    spread(_maxes, (u, blocks, out.reshape(-1)), m * blocks, least=LEAST // min(d, SUM_BLOCK))
-    return out.view(np.uint32)
+    out = np.empty(m * blocks, np.float32)
+    spread(_maxes, (u, blocks, out), m * blocks, least=LEAST // min(d, SUM_BLOCK))
+    return out if blocks == 1 else out.view(np.uint32).reshape(m, blocks).max(1).view(np.float32)
 
 
 def maxes(u: Tensor) -> Tensor:
-    tops = _block_maxes(u.numpy())
-    return torch.from_numpy((tops if tops.shape[1] == 1 else tops.max(1)).view(np.float32).reshape(-1))
+    return torch.from_numpy(_row_maxes(u.numpy()))
 
 
 @njit(cache=True, nogil=True)
@@ -117,7 +116,9 @@ def _greatest(u):
 
 def greatest(u: Tensor) -> float:
     rows = u.numpy()
-    return _greatest(rows) if rows.size < 2 * LEAST else float(_block_maxes(rows).max().view(np.float32))
+    if rows.size < 2 * LEAST:
+        return float(_greatest(rows))
+    return float(_row_maxes(rows).view(np.uint32).max().view(np.float32))
 
 
 def square_norm(x: Tensor) -> float:
@@ -138,8 +139,15 @@ def add_rows(u: Tensor, total: Tensor) -> None:
     _add_rows(u.numpy(), total.numpy())
 
 
+@njit(cache=True, nogil=True)
+def _mean_rows(u, total, cohort):
+    total[:] = 0.0
+    _add_rows(u, total)
+    for j in range(total.size):
+        total[j] /= cohort
+
+
 def mean_rows(u: Tensor, cohort: int) -> Tensor:
-    total = np.zeros(u.shape[1])
-    _add_rows(u.numpy(), total)
-    total /= cohort
+    total = np.empty(u.shape[1])
+    _mean_rows(u.numpy(), total, cohort)
     return torch.from_numpy(total)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.kernels.draw import Draw
+from shoal.kernels.gpu.hosted import hosted
 from shoal.kernels.gpu.launch import KEY, TILE, headed, inner, key, launch, tiles
 from shoal.kernels.gpu.philox import below_tile, halves_tile, tile_of, words_tile
 from shoal.kernels.reference.bits import LIFT, TINY
@@ -87,10 +88,11 @@ def encode_bits(
     private: Draw,
     tie: Draw,
     strata: int,
-    place: Tensor,
+    place: Tensor | Draw,
     shifts: Tensor | Draw | None,
     head: bool = False,
 ) -> Tensor:
+    place = hosted("places")(place, strata, private.slots) if isinstance(place, Draw) else place
     (m, d), across, drawn = u.shape, tiles(u.shape[1]), isinstance(shifts, Draw)
     (lift, s), (out, body) = cell_scale(r, strata), headed(r, tiles(d, 8), head)
     rows = (u.contiguous(), lift, s, body, private.slots.contiguous(), place.contiguous())

@@ -51,7 +51,7 @@ def encode_topk(u: Tensor, k: int) -> Tensor:
 def decode_topk(payload: Tensor, k: int, d: int) -> tuple[Tensor, Tensor, bool]:
     """((m, k) float32, (m k,) int64, good): what `encode_topk` wrote; good is whether the coordinates of every row
     ascend within 0..d-1, none twice."""
-    values = payload[:, : 4 * k].contiguous().view(torch.float32)
+    values = payload[:, : 4 * k].clone(memory_format=torch.contiguous_format).view(torch.float32)
     rows = unpack(payload[:, 4 * k :].contiguous(), k, (d - 1).bit_length()).numpy()
     good = (np.diff(rows, axis=1) > 0).all() and (rows[:, -1] < d).all()
     return values, torch.from_numpy(rows).reshape(-1), bool(good)
