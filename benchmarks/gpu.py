@@ -43,7 +43,7 @@ def calls() -> dict[str, Callable[[], Any]]:
     codes = ops.below(private, D, 2**BITS - 1)
     packed, digits = ops.pack(codes, BITS), ops.encode_trits(u, top, private, ties)[:, 4:]
     table, dealt = torch.linspace(-2.0, 2.0, 2**BITS, device=u.device), u[:, : D // ROWS].expand(ROWS, -1).contiguous()
-    factor = torch.ones_like(r, dtype=torch.float64)
+    factor, odd = torch.ones_like(r, dtype=torch.float64), u[:, :-1].contiguous()
     return {
         "words": lambda: ops.words(private, D),
         "halves": lambda: ops.halves(private, D),
@@ -66,7 +66,8 @@ def calls() -> dict[str, Callable[[], Any]]:
         "maxes": lambda: ops.maxes(u),
         "mean_rows of 1 row": lambda: ops.mean_rows(u, 1),
         "hadamard": lambda: ops.hadamard(u),
-        "rotate": lambda: ops.rotate(u, [private], D),
+        "rotate, two transforms": lambda: ops.rotate(odd, [private, ties]),
+        "rotate_padded": lambda: ops.rotate_padded(u, [private], D),
         f"gather_dealt, {ROWS} parts": lambda: ops.gather_dealt(u, shared, part[:1], ROWS, D // ROWS),
         f"mean_dealt of {ROWS} rows": lambda: ops.mean_dealt(dealt, shared, part, ROWS, D, 1.0, ROWS),
     }

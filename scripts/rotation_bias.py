@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from shoal.compressors import Drive, Eden
-from shoal.compressors.drive import Turned
-from shoal.compressors.rotation import padded
+from shoal.compressors.drive import Turned, padded
 from shoal.messages import Round
 
 

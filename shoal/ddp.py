@@ -339,10 +339,10 @@ def attach(
     """Compress the gradients of a wrapped module from its next `backward` on. Collective: all ranks call it.
 
     error_feedback=None: for biased compressors (an `alpha` is all they have), not for unbiased ones (`omega`, `ab`).
-    The default costs one bit a coordinate (of the next power of two): the shared rotation makes all entries alike,
-    where else the largest sets the scale of all. start: so many steps are dense before. min_numel: smaller parameters
-    are sent as they are. scaler: the GradScaler, if there is one; memories then hold unscaled gradients, an overflow
-    on one rank makes all ranks skip. Randomness is a function of (seed, step, first parameter of the bucket).
+    The default costs one bit a coordinate: the shared rotation makes all entries alike, where else the largest sets
+    the scale of all. start: so many steps are dense before. min_numel: smaller parameters are sent as they are.
+    scaler: the GradScaler, if there is one; memories then hold unscaled gradients, an overflow on one rank makes all
+    ranks skip. Randomness is a function of (seed, step, first parameter of the bucket).
     process_group: where bytes travel, instead of a gloo group of its own. timeout: seconds after which a rank counts as
     lost.
 

@@ -67,8 +67,10 @@ def encode(v, place, shifts, offset):
     gpu.encode_signs(u)
     gpu.rotate_signs(torch.zeros(3, 1000), [v.private], 1 << 10)
     gpu.norms(u)
-    for turn in (gpu.rotate, gpu.rotate_back):
+    for turn in (gpu.rotate_padded, gpu.rotate_padded_back):
         turn(torch.zeros(3, 1 << 14), [v.private], 1 << 14)
+    for turn in (gpu.rotate, gpu.rotate_back):
+        turn(torch.zeros(3, 20_000), [v.private, v.tie])
 
 
 def decode(v, place, shifts, offset):

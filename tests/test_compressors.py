@@ -51,8 +51,7 @@ from shoal.compressors import (
     TopK,
 )  # fmt: skip
 from shoal.compressors.correlated import exact_error
-from shoal.compressors.drive import Turned
-from shoal.compressors.rotation import padded
+from shoal.compressors.drive import Turned, padded
 from shoal.compressors.sparse import kept
 from shoal.core import Compressor, Unbiased
 from shoal.errors import ConfigError, NonFiniteError, WireError
@@ -85,7 +84,7 @@ def paper_bytes(c: Compressor, n: int, d: int) -> int | set[int]:
     if isinstance(c, Composed | Correlated | PerLayer | Scaled):
         return composition.paper_bytes(c, n, d, paper_bytes)
     if isinstance(c, Rotated):
-        return paper_bytes(c.inner, n, padded(d))
+        return paper_bytes(c.inner, n, d)
     if isinstance(c, Turned):
         return n * (4 + sum(math.ceil(count * bits / 8) for count, bits in c._parts(padded(d))))
     if isinstance(c, LowRank):
@@ -241,7 +240,7 @@ def overflows(c: Compressor, u: torch.Tensor) -> bool:
     if isinstance(c, Composed | PerLayer | Scaled) or (isinstance(c, Correlated) and c.blocks > 1):
         return composition.overflows(c, u, overflows)
     if isinstance(c, Rotated | Turned):
-        gain = float(padded(d))
+        gain = float(d)
         if isinstance(c, Turned):
             table = c._table(c._parts(padded(d))[0][1])
             least = float(table.abs().min())

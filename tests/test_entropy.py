@@ -221,7 +221,7 @@ def test_what_cannot_be_coded():
     for inner in (RandK(3), TopK(3), Drive(), QSGD(300), Correlated(blocks=2), Eden(1.5), Coded(QSGD(1)), "QSGD(1)"):
         with pytest.raises(ConfigError, match="what is coded is a quantizer"):
             Coded(inner)
-    assert layout(Rotated(Ternary()), 100).symbols == 128
+    assert layout(Rotated(Ternary()), 100).symbols == 100
     assert entropy_bound(Ternary(), 100) is None
 
 

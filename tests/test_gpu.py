@@ -194,15 +194,19 @@ def test_rows_are_summed_block_by_block():
 @needs_triton
 @pytest.mark.parametrize(("power", "smaller"), [(13, {}), (9, {"FIRST": 4, "NEXT": 3, "HELD": 64})], ids=str)
 def test_rotations_in_several_passes(power, smaller, monkeypatch):
-    """Of a length that is no power of two, there and back; in two passes, and, made smaller, in three."""
+    """Of a length that is no power of two, with and without padding, there and back; in two passes, and, made smaller,
+    in three."""
     for name, value in smaller.items():
         monkeypatch.setattr(f"shoal.kernels.gpu.rotation.{name}", value)
     d, draws = 2**power - 5, [Inputs(1, 1, 1.0).private]
     u = torch.from_numpy(np.random.default_rng(0).normal(size=(1, d)).astype(np.float32))
-    y = reference.rotate(u, draws, 2**power)
+    y = reference.rotate_padded(u, draws, 2**power)
     moved = [there(draw) for draw in draws]
-    same(y, gpu.rotate(there(u), moved, 2**power).cpu())
-    same(reference.rotate_back(y, draws, d), gpu.rotate_back(there(y), moved, d).cpu())
+    same(y, gpu.rotate_padded(there(u), moved, 2**power).cpu())
+    same(reference.rotate_padded_back(y, draws, d), gpu.rotate_padded_back(there(y), moved, d).cpu())
+    wide, two = y.repeat(1, 2)[:, : 2**power + 3].contiguous(), [*draws, draws[0]._replace(stream=5)]
+    for turn in ("rotate", "rotate_back"):
+        same(getattr(reference, turn)(wide, two), getattr(gpu, turn)(there(wide), there(two)).cpu())
 
 
 @needs_triton

@@ -217,13 +217,25 @@ def turned(ops: ModuleType, v: Inputs, name: str) -> list[Tensor]:
     finite, as the compressors do: the sign of a NaN is nobody's promise."""
     out, size, u = [], 1 << (v.d - 1).bit_length(), v.u / (64 if v.scale > 1e38 else 1)
     for draws in ([v.private], [v.private._replace(slots=torch.tensor([0xFFFFFFFF])), v.tie]):
-        if name == "rotate":
-            out.append(ops.rotate(u, draws, size))
+        if name == "rotate_padded":
+            out.append(ops.rotate_padded(u, draws, size))
         elif name == "rotate_signs":
             out += ops.rotate_signs(u, draws, size)
         else:
-            y = reference.rotate(u, draws, size)
-            out += [ops.rotate_back(y, draws, v.d), ops.rotate_back(y, draws, size)]
+            y = reference.rotate_padded(u, draws, size)
+            out += [ops.rotate_padded_back(y, draws, v.d), ops.rotate_padded_back(y, draws, size)]
+    return out
+
+
+def overlapping(ops: ModuleType, v: Inputs, name: str) -> list[Tensor]:
+    """As `turned`: two transforms, of h + 1 and 2h - 1 coordinates too; where d is a power of two one, or one after
+    the other."""
+    shared, h = v.private._replace(slots=torch.tensor([0xFFFFFFFF])), reference.rotation.window(v.d)
+    out, u = [], v.u / (64 if v.scale > 1e38 else 1)
+    for d in sorted({v.d, h, h // 2 + 1, max(1, h - 1)}):
+        for draws in ([v.private, v.tie], [shared, v.tie], [v.tie]):
+            if len(draws) == 2 or d == reference.rotation.window(d):
+                out.append(getattr(ops, name)(u[:, v.d - d :].contiguous(), draws))
     return out
 
 
@@ -241,8 +253,10 @@ CASES |= {
     "decode_points": lambda ops, v: pointed(ops, v, "decode_points"),
     "encode_points": lambda ops, v: pointed(ops, v, "encode_points"),
     "encode_signs": lambda ops, v: list(ops.encode_signs(v.u)),
-    "rotate": lambda ops, v: turned(ops, v, "rotate"),
-    "rotate_back": lambda ops, v: turned(ops, v, "rotate_back"),
+    "rotate": lambda ops, v: overlapping(ops, v, "rotate"),
+    "rotate_back": lambda ops, v: overlapping(ops, v, "rotate_back"),
+    "rotate_padded": lambda ops, v: turned(ops, v, "rotate_padded"),
+    "rotate_padded_back": lambda ops, v: turned(ops, v, "rotate_padded_back"),
     "rotate_signs": lambda ops, v: turned(ops, v, "rotate_signs"),
 }
 CASES |= {
@@ -426,14 +440,14 @@ def test_long_rotations_on_any_number_of_threads(power):
     """Every grouping of the stages beyond registers, and the pieces of a scalar product: bytes and threads alike."""
     v = Inputs(1 + (power < 12), 2**power - 3 * (power % 2), 1.0)
     draws, size = [v.private, v.tie], 2**power
-    y = reference.rotate(v.u, draws, size)
-    back, table = reference.rotate_back(y, draws, v.d), torch.linspace(-2, 2, 8)
+    y = reference.rotate_padded(v.u, draws, size)
+    back, table = reference.rotate_padded_back(y, draws, v.d), torch.linspace(-2, 2, 8)
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            same(cpu.rotate(v.u, draws, size), y)
-            same(cpu.rotate_back(y, draws, v.d), back)
+            same(cpu.rotate_padded(v.u, draws, size), y)
+            same(cpu.rotate_padded_back(y, draws, v.d), back)
             same(cpu.dots(v.u, v.u), reference.dots(v.u, v.u))
             for ours, theirs in (
                 (cpu.encode_signs(y), reference.encode_signs(y)),
@@ -441,6 +455,21 @@ def test_long_rotations_on_any_number_of_threads(power):
             ):
                 for a, b in zip(ours, theirs, strict=True):
                     same(a, b)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("d", [257, 300, 511, 513, 4_099, 8_191, 65_537, 131_071, 200_001, 263_000])
+def test_overlapping_rotations_on_any_number_of_threads(d):
+    """An overlap of one coordinate and of nearly all, from one leaf to passes over memory, at any alignment."""
+    v = Inputs(1 + (d < 2**16), d, 1.0)
+    y, back = reference.rotate(v.u, [v.private, v.tie]), reference.rotate_back(v.u, [v.private, v.tie])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            same(cpu.rotate(v.u, [v.private, v.tie]), y)
+            same(cpu.rotate_back(v.u, [v.private, v.tie]), back)
     finally:
         torch.set_num_threads(threads)
 

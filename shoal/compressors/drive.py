@@ -19,8 +19,8 @@ from torch import Tensor
 from shoal import kernels
 from shoal.compressors.dither import read_scale
 from shoal.compressors.lloyd import POINTS
-from shoal.compressors.rotation import Conditional, checked_norms, padded, sign_draws
-from shoal.errors import ConfigError, PayloadError
+from shoal.compressors.rotation import Conditional, checked_back, checked_norms, sign_draws
+from shoal.errors import ConfigError
 from shoal.kernels.reference.turned import Part
 from shoal.messages import FLOAT_MAX, Messages, Round, Rows, checked_rows, largest, shaped_rows
 from shoal.theory import AB, independent
@@ -35,6 +35,11 @@ DISTORTION = {
 
 
 SIGNS = torch.tensor([-1.0, 1.0])
+
+
+def padded(d: int) -> int:
+    """The least power of two that is at least d: to so many coordinates these rotations pad with zeros."""
+    return 1 << (d - 1).bit_length()
 
 
 @cache
@@ -116,10 +121,7 @@ class Turned(Conditional):
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         payload, D = msgs.checked(self.capacity(rnd.cohort, msgs.d)), padded(msgs.d)
         ops, scale, draws = kernels.of(payload), read_scale(payload), self._draws(msgs.slots, rnd)
-        rows: Rows = ops.decode_turned(payload, scale, draws, D, parts_of(self, D), msgs.d)
-        if not ops.greatest(rows) <= FLOAT_MAX:
-            raise PayloadError("a received vector overflows float32 when it is rotated back.")
-        return rows
+        return checked_back(ops.decode_turned(payload, scale, draws, D, parts_of(self, D), msgs.d))
 
 
 @cache

@@ -17,9 +17,9 @@ from torch import Tensor
 from shoal import kernels
 from shoal.compressors.correlated import Correlated
 from shoal.compressors.dither import QSGD, Independent
-from shoal.compressors.drive import Eden
+from shoal.compressors.drive import Eden, padded
 from shoal.compressors.pointwise import Natural, NaturalDithering, Ternary
-from shoal.compressors.rotation import Conditional, Grid, Rotated, padded
+from shoal.compressors.rotation import Conditional, Grid, Rotated
 from shoal.core import Compressor
 from shoal.errors import ConfigError, LengthError, PayloadError
 from shoal.kernels.reference.entropy import state_bytes
@@ -41,7 +41,7 @@ class Layout(NamedTuple):
 def layout(inner: Compressor, d: int) -> Layout | None:
     """The layout of the messages of `inner`, or None where they are no such thing."""
     if isinstance(inner, Rotated):
-        return layout(inner.inner, padded(d))
+        return layout(inner.inner, d)
     if isinstance(inner, QSGD | NaturalDithering):
         return Layout(4, d, 2 * inner.levels + 1)
     if isinstance(inner, Independent | Grid):

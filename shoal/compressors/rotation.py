@@ -1,8 +1,8 @@
 """Rotations that spread a vector evenly over its coordinates, and rounding onto a grid as wide as what is left.
 
 Randomized Hadamard rotations before quantization: Suresh, Yu, Kumar, McMahan, "Distributed mean estimation with
-limited communication", 2017, arXiv:1611.00429. Constants, and what a rotation does to the constants of the compressor
-inside it: docs/derivations/rotation.md.
+limited communication", 2017, arXiv:1611.00429, which pads to a power of two; here two transforms overlap instead.
+Constants, and what a rotation does to the constants of the compressor inside it: docs/derivations/rotation.md.
 """
 
 from __future__ import annotations
@@ -18,14 +18,10 @@ from shoal.compressors.correlated import Correlated
 from shoal.compressors.dither import ScaledCodes
 from shoal.core import Compressor, Unbiased
 from shoal.errors import ConfigError, PayloadError
+from shoal.kernels.reference.rotation import window
 from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, checked_rows, measured_rows, not_finite, within
 from shoal.slices import Slices
 from shoal.theory import AB, independent
-
-
-def padded(d: int) -> int:
-    """The least power of two that is at least d."""
-    return 1 << (d - 1).bit_length()
 
 
 def checked_norms(u: Rows, rnd: Round, gain: float) -> Rows:
@@ -34,8 +30,8 @@ def checked_norms(u: Rows, rnd: Round, gain: float) -> Rows:
     Raises NonFiniteError naming the client.
     """
     norms = kernels.of(u).norms(u)
-    bad = ~(norms.double() * gain <= FLOAT_MAX)
-    if bool(bad.any()):
+    if not within(norms, gain):
+        bad = ~(norms.double() * gain <= FLOAT_MAX)
         raise not_finite(bad, rnd, f"a norm of {float(norms[bad][0]):g} overflows float32 times {gain:g}")
     return u
 
@@ -46,20 +42,31 @@ def sign_draws(stream: str, slots: Tensor, rnd: Round, rounds: int) -> list[kern
     return [rnd.fork(f"{stream}{step}").draw("Rotation.signs", slots) for step in range(rounds)]
 
 
-def rotate(u: Rows, stream: str, slots: Tensor, rnd: Round, rounds: int = 1) -> Rows:
-    """(m, D) float32: (H S_rounds / sqrt(D)) ... (H S_1 / sqrt(D)) u, u padded with zeros to D = padded(d).
-
-    S_t are random signs, of each slot its own or of rng.SHARED one row for all.
-    """
-    return kernels.of(u).rotate(u, sign_draws(stream, slots, rnd, rounds), padded(u.shape[1]))
-
-
-def rotate_back(y: Rows, d: int, stream: str, slots: Tensor, rnd: Round, rounds: int = 1) -> Rows:
-    """(m, d) float32: the inverse of `rotate`, without the padding. Raises PayloadError if the result overflows."""
-    out = kernels.of(y).rotate_back(y, sign_draws(stream, slots, rnd, rounds), d)
-    if not within(kernels.of(out).maxes(out)):
+def checked_back(out: Rows) -> Rows:
+    """Rows that were rotated back from received bytes. Raises PayloadError where they overflow."""
+    if not kernels.of(out).greatest(out) <= FLOAT_MAX:
         raise PayloadError("a received vector overflows float32 when it is rotated back.")
     return out
+
+
+def _draws(slots: Tensor, rnd: Round, d: int) -> list[kernels.Draw]:
+    """Of S_1 and, where there is a second transform, S_2."""
+    return sign_draws("Rotated", slots, rnd, 1 if window(d) == d else 2)
+
+
+def rotate(u: Rows, slots: Tensor, rnd: Round) -> Rows:
+    """(m, d) float32: R u, as `Rotated` has R, with signs of each slot's own or of rng.SHARED one row for all."""
+    return kernels.of(u).rotate(u, _draws(slots, rnd, u.shape[1]))
+
+
+def rotate_back(y: Rows, slots: Tensor, rnd: Round) -> Rows:
+    """(m, d) float32: R' y. Raises PayloadError if that overflows."""
+    return checked_back(kernels.of(y).rotate_back(y, _draws(slots, rnd, y.shape[1])))
+
+
+def largest_square(n: int, d: int) -> float:
+    """(2 ln(2 n d) + 2)/h, at least E max_ij (R u_i)_j^2 / max_i ||u_i||^2 for n vectors under one R."""
+    return (2.0 * math.log(2 * n * d) + 2.0) / window(d)
 
 
 class Conditional(Compressor):
@@ -114,12 +121,13 @@ class Grid(ScaledCodes):
 class Rotated(Conditional):
     """A random rotation, another compressor, and the rotation back: no coordinate stays large.
 
-    C(u) = P' R' Q(R P u): P pads with zeros to D = 2^ceil(log2 d) coordinates, R = H S / sqrt(D) with the Hadamard
-    matrix H and random signs S, Q is `inner`.
+    C(u) = R' Q(R u), Q = `inner`. With h the greatest power of two that is at most d, H the Hadamard matrix and random
+    signs S_1, S_2, R takes coordinates 0..h-1 through H S_1 / sqrt(h), then coordinates d-h..d-1 of what comes out
+    through H S_2 / sqrt(h); the first is all where d = h. R is orthogonal, so that nothing is padded.
 
     shared=True: all clients have the same signs, and what `inner` says of the n clients together stays true. False:
     each has its own; for an inner compressor whose clients are independent.
-    Wire: the message of `inner` for D coordinates; the signs are derived (bit j mod 32 of word floor(j / 32)).
+    Wire: the message of `inner`; the signs are derived (bit j mod 32 of word floor(j / 32), j = 0..h-1).
 
     References: arXiv:1611.00429; constants in docs/derivations/rotation.md.
     """
@@ -153,28 +161,27 @@ class Rotated(Conditional):
         return hasattr(self.inner, constant)
 
     def _omega(self, d: int) -> float:
-        """That of `inner` at D coordinates; for Grid(k) at most (2 ln 2D + 2)/(k-1)^2, the mean over the signs."""
-        D = padded(d)
-        omega: float = self.inner.omega(D)  # type: ignore[attr-defined]
+        """That of `inner`; for Grid(k) at most (d/h) (2 ln 2d + 2)/(k-1)^2, the mean over the signs."""
+        omega: float = self.inner.omega(d)  # type: ignore[attr-defined]
         if isinstance(self.inner, Grid):
-            return min(omega, (2.0 * math.log(2 * D) + 2.0) / (self.inner.levels - 1) ** 2)
+            return min(omega, d * largest_square(1, d) / (self.inner.levels - 1) ** 2)
         return omega
 
     def _alone(self, n: int, d: int) -> float:
-        """That of `inner` at D coordinates."""
-        return self.inner.alone(n, padded(d))  # type: ignore[attr-defined]
+        """That of `inner`."""
+        return self.inner.alone(n, d)  # type: ignore[attr-defined]
 
     def _alpha(self, d: int) -> float:
-        """That of `inner` at D coordinates."""
-        return self.inner.alpha(padded(d))  # type: ignore[attr-defined]
+        """That of `inner`."""
+        return self.inner.alpha(d)  # type: ignore[attr-defined]
 
     def _ab(self, n: int, d: int) -> AB:
-        """That of `inner` at D coordinates; where it says c max ||u_i||^2 of a shared scale, also
-        c (2 ln(2 n D) + 2)/D: the mean square of the largest of all rotated entries."""
+        """That of `inner`; where it says c max ||u_i||^2 of a shared scale, also c (2 ln(2 n d) + 2)/h: the mean square
+        of the largest of all rotated entries."""
         if isinstance(self.inner, Unbiased):
             return independent(self._omega(d), n, f"independent, omega = {self._omega(d):.6g}")
-        ab: AB = self.inner.ab(n, padded(d))  # type: ignore[attr-defined]
-        gain = (2.0 * math.log(2 * n * padded(d)) + 2.0) / padded(d)
+        ab: AB = self.inner.ab(n, d)  # type: ignore[attr-defined]
+        gain = largest_square(n, d)
         shared = isinstance(self.inner, Correlated) and self.inner.scale == "shared" and self.inner.blocks == 1
         if not shared or gain >= 1.0:
             return ab
@@ -182,43 +189,42 @@ class Rotated(Conditional):
         return replace(ab, c=gain * ab.c, source=source, other=ab)
 
     def check(self, n: int, d: int) -> None:
-        self.inner.check(n, padded(d))
+        self.inner.check(n, d)
 
     def capacity(self, n: int, d: int) -> int:
-        """That of `inner` at D coordinates."""
-        return self.inner.capacity(n, padded(d))
+        """That of `inner`."""
+        return self.inner.capacity(n, d)
 
     def predicted_bits(self, n: int, d: int) -> float:
-        """Those of `inner` at D coordinates."""
-        return self.inner.predicted_bits(n, padded(d))
+        """Those of `inner`."""
+        return self.inner.predicted_bits(n, d)
 
     def _rotated(self, u: Rows, rnd: Round) -> Rows:
-        # D times the norm bounds what any of the compressors makes of a rotated row, there and back.
-        u = checked_norms(checked_rows(u, rnd), rnd, float(padded(u.shape[1])))
-        return rotate(u, "Rotated", rng.SHARED if self.shared else rnd.slots, rnd)
+        # d times the norm bounds what any of the compressors makes of a rotated row, there and back.
+        u = checked_norms(checked_rows(u, rnd), rnd, float(u.shape[1]))
+        return rotate(u, rng.SHARED if self.shared else rnd.slots, rnd)
 
     def prepare(self, u: Rows, rnd: Round) -> Tensor:
         """What `inner` brings, of the rotated rows."""
         return self.inner.prepare(self._rotated(u, rnd), rnd.fork("Rotated"))
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        return replace(self.inner.encode(self._rotated(u, rnd), rnd.fork("Rotated")), d=u.shape[1])
+        return self.inner.encode(self._rotated(u, rnd), rnd.fork("Rotated"))
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
-        rows = self.inner.decode(replace(msgs, d=padded(msgs.d)), rnd.fork("Rotated"))
-        return rotate_back(rows, msgs.d, "Rotated", rng.SHARED if self.shared else msgs.slots, rnd)
+        rows = self.inner.decode(msgs, rnd.fork("Rotated"))
+        return rotate_back(rows, rng.SHARED if self.shared else msgs.slots, rnd)
 
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
         if not self.shared:
             return super().aggregate(msgs, rnd)
         # One rotation is linear: the mean is rotated back once, not every row.
-        mean = self.inner.aggregate(replace(msgs, d=padded(msgs.d)), rnd.fork("Rotated"))
-        return rotate_back(mean[None], msgs.d, "Rotated", rng.SHARED, rnd)[0]
+        return rotate_back(self.inner.aggregate(msgs, rnd.fork("Rotated"))[None], rng.SHARED, rnd)[0]
 
     def slices(self, d: int, rnd: Round) -> Slices | None:
-        """Those of `inner` at D coordinates, where the rotation is shared: their mean is rotated back."""
-        inner = self.inner.slices(padded(d), rnd.fork("Rotated")) if self.shared else None
+        """Those of `inner`, where the rotation is shared: their mean is rotated back."""
+        inner = self.inner.slices(d, rnd.fork("Rotated")) if self.shared else None
         if inner is None:
             return None
         whole = inner.finish
-        return replace(inner, finish=lambda mean: rotate_back(whole(mean)[None], d, "Rotated", rng.SHARED, rnd)[0])
+        return replace(inner, finish=lambda mean: rotate_back(whole(mean)[None], rng.SHARED, rnd)[0])

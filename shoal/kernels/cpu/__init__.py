@@ -25,7 +25,7 @@ from shoal.kernels.cpu.pointwise import (
     mean_natural_levels,
     sign_bits,
 )
-from shoal.kernels.cpu.rotation import dots, hadamard, rotate, rotate_back
+from shoal.kernels.cpu.rotation import dots, hadamard, rotate, rotate_back, rotate_padded, rotate_padded_back
 from shoal.kernels.cpu.sparse import decode_topk, encode_topk, gather, mean_sparse, scatter, topk
 from shoal.kernels.cpu.strata import decode_strata, encode_strata, mean_strata
 from shoal.kernels.cpu.sums import add_rows, greatest, maxes, mean_rows, norms, square_norm

@@ -29,7 +29,7 @@ from shoal.kernels.cpu.points import (
     encode_signs,
     read_points,
 )
-from shoal.kernels.cpu.rotation import BLOCK, LEAF, block, dots, piece, rotate, rotate_back, small
+from shoal.kernels.cpu.rotation import BLOCK, LEAF, block, dots, piece, rotate_padded, rotate_padded_back, small
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.cpu.turned import rotate_signs
 from shoal.kernels.cpu.vectors import flip_16
@@ -61,9 +61,9 @@ def _plan(parts: tuple[Part, ...]) -> Plan:
 def _turn(row, own, signed, scale, x, room):
     """x = the transform of the row, with signs in front of it. The row may be x."""
     if x.size < LEAF:
-        small(row.reshape(1, row.size), x.reshape(1, x.size), own.reshape(1, own.size), signed, scale)
+        small(row, row, row.size, own, signed, scale, x)
     else:
-        block(row, 0, own, signed, scale, x, room)
+        block(row, row, row.size, 0, own, signed, scale, x, room)
 
 
 @njit(inline="always")
@@ -142,7 +142,7 @@ def _decode(payload, scale, slots, key, streams, factor, counts, tables, size, o
 
 
 STEPS = Steps(
-    rotate, rotate_back, rotate_signs, encode_signs, encode_points, decode_bits, decode_points, dots,
+    rotate_padded, rotate_padded_back, rotate_signs, encode_signs, encode_points, decode_bits, decode_points, dots,
     lambda parts: torch.from_numpy(np.concatenate([part.numpy() for part in parts], 1)),
 )  # fmt: skip
 

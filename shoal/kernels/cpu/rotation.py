@@ -20,6 +20,7 @@ from shoal.kernels.cpu.sums import added_lanes
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.cpu.vectors import add_products, first_256, flip_16, radix_2, radix_4, radix_8, radix_16
 from shoal.kernels.draw import Draw
+from shoal.kernels.reference.rotation import window
 from shoal.kernels.reference.sums import SUM_BLOCK
 
 LEAF, INNER, BLOCK = 256, 4096, 65536  # coordinates in registers, in the first-level cache, in the second-level cache
@@ -49,87 +50,97 @@ def _stages(x, o, size, stride):
         stride *= count
 
 
+@njit(cache=True, nogil=True)
+def small(row, rest, split, own, signed, scale, x):
+    """`block` for less than LEAF coordinates."""
+    size = x.size
+    for j in range(size):
+        value = np.float32(0)
+        if j < rest.size:
+            value = (row[j] if j < split else rest[j]) * scale
+        x[j] = -value if signed and (own[j >> 5] >> np.uint32(j & 31)) & 1 else value
+    stride = 1
+    while stride < size:
+        for group in range(0, size, 2 * stride):
+            for j in range(group, group + stride):
+                a, b = x[j], x[j + stride]
+                x[j], x[j + stride] = a + b, a - b
+        stride *= 2
+
+
 @njit(inline="always")
-def block(row, at, own, signed, scale, x, room):
-    """x = the signs, the scale and the stages within it of row[at : at + x.size]; zeros behind the row's end."""
-    d, size = row.size, x.size
+def block(row, rest, split, at, own, signed, scale, x, room):
+    """x = the signs, the scale and the stages within it of the coordinates at, ..., at + x.size - 1.
+
+    They are those of `row` up to `split`, of `rest` from there on, and zeros behind its end.
+    """
+    d, size = rest.size, x.size
     inner = min(size, INNER)
     for o in range(0, size, inner):
         for leaf in range(o, o + inner, LEAF):
             j = at + leaf
             w = j // 32 if signed else 0
-            if j + LEAF <= d:
+            if j + LEAF <= split:
                 first_256(row, j, scale, own, w, x, leaf)
+            elif split <= j and j + LEAF <= d:
+                first_256(rest, j, scale, own, w, x, leaf)
             else:
                 room[:] = 0
-                for c in range(j, d):
-                    room[c - j] = row[c]
+                for c in range(j, min(j + LEAF, d)):
+                    room[c - j] = row[c] if c < split else rest[c]
                 first_256(room, 0, scale, own, w, x, leaf)
         _stages(x, o, inner, LEAF)
     _stages(x, 0, size, inner)
 
 
 @njit(cache=True, nogil=True)
-def _blocks(u, out, signs, signed, scale, lo, hi):
-    """Blocks lo..hi-1 of all rows: signs, scale, and the stages within the block. u may be out."""
-    size = min(out.shape[1], BLOCK)
-    across, room = out.shape[1] // size, np.empty(LEAF, np.float32)
+def _blocks(u, rest, split, out, start, size, signs, signed, scale, lo, hi):
+    """Blocks lo..hi-1 of all rows' transforms of out[:, start : start + size]; u or rest may be out."""
+    width = min(size, BLOCK)
+    across, room = size // width, np.empty(LEAF, np.float32)
     for q in range(lo, hi):
-        i, at = q // across, q % across * size
-        block(u[i], at, signs[i % signs.shape[0]], signed, scale, out[i, at : at + size], room)
+        i, at = q // across, q % across * width
+        row, other, own = u[i, start:], rest[i, start:], signs[i % signs.shape[0]]
+        x = out[i, start + at : start + at + width]
+        if size < LEAF:
+            small(row, other, split - start, own, signed, scale, x)
+        else:
+            block(row, other, split - start, at, own, signed, scale, x, room)
 
 
 @njit(cache=True, nogil=True)
-def columns(out, stride, count, lo, hi):
-    """The stages stride, ..., count stride / 2: units lo..hi-1 of COLUMNS columns of all rows."""
-    units = out.shape[1] // (count * COLUMNS)
+def columns(out, start, size, stride, count, lo, hi):
+    """The stages stride, ..., count stride / 2 of out[:, start : start + size]: units lo..hi-1 of COLUMNS columns."""
+    units = size // (count * COLUMNS)
     for q in range(lo, hi):
         column = q % units * COLUMNS
-        x, start = out[q // units], column // stride * count * stride + column % stride
-        for c in range(start, start + COLUMNS, 16):
+        x, first = out[q // units], start + column // stride * count * stride + column % stride
+        for c in range(first, first + COLUMNS, 16):
             _radix(x, c, stride, count)
-
-
-@njit(cache=True, nogil=True)
-def small(u, out, signs, signed, scale):
-    """Rows shorter than LEAF."""
-    m, size = out.shape
-    for i in range(m):
-        x, own = out[i], signs[i % signs.shape[0]]
-        for j in range(size):
-            value = u[i, j] * scale if j < u.shape[1] else np.float32(0)
-            x[j] = -value if signed and (own[j >> 5] >> np.uint32(j & 31)) & 1 else value
-        stride = 1
-        while stride < size:
-            for group in range(0, size, 2 * stride):
-                for j in range(group, group + stride):
-                    a, b = x[j], x[j + stride]
-                    x[j], x[j + stride] = a + b, a - b
-            stride *= 2
 
 
 PLAIN = np.zeros((1, LEAF // 32), np.uint32)  # no sign changes
 
 
-def _transform(u: np.ndarray, out: np.ndarray, signs: np.ndarray | None) -> None:
-    """out = the transform of the rows of u, padded and with signs; in place if out is u."""
-    (m, size), signed, flips = out.shape, signs is not None, PLAIN if signs is None else signs
-    scale = np.float32(size**-0.5)
-    if size < LEAF:
-        small(u, out, flips, signed, scale)
-        return
-    block = min(size, BLOCK)
-    spread(_blocks, (u, out, flips, signed, scale), m * (size // block), least=LEAST // block)
-    stride = block
+def _transform(
+    u: np.ndarray, rest: np.ndarray, split: int, out: np.ndarray, start: int, size: int, signs: np.ndarray | None
+) -> None:
+    """out[:, start : start + size] = the transform, after the signs, of the same coordinates of the rows: those of u
+    up to `split`, of `rest` from there on, and zeros behind. In place where u or rest is out."""
+    m, signed, flips = len(out), signs is not None, PLAIN if signs is None else signs
+    scale, stride = np.float32(size**-0.5), min(size, BLOCK)
+    where = (u, rest, split, out, start, size)
+    spread(_blocks, (*where, flips, signed, scale), m * (size // stride), least=LEAST // stride)
     while stride < size:
         count = min(16, size // stride)
-        spread(columns, (out, stride, count), m * size // (count * COLUMNS), least=LEAST // (count * COLUMNS))
+        units = m * size // (count * COLUMNS)
+        spread(columns, (out, start, size, stride, count), units, least=LEAST // (count * COLUMNS))
         stride *= count
 
 
 def hadamard(u: Tensor) -> Tensor:
-    out = ready(u.shape, np.float32)
-    _transform(u.numpy(), out, None)
+    out, rows = ready(u.shape, np.float32), u.numpy()
+    _transform(rows, rows, out.shape[1], out, 0, out.shape[1], None)
     return torch.from_numpy(out)
 
 
@@ -137,12 +148,27 @@ def sign_words(draw: Draw, size: int) -> np.ndarray:
     return word_rows(draw, -(-size // 32))
 
 
-def rotate(u: Tensor, draws: Sequence[Draw], size: int) -> Tensor:
-    out, source = ready((len(u), size), np.float32), u.numpy()
-    for draw in draws:
-        _transform(source, out, sign_words(draw, size))
+def rotate(u: Tensor, draws: Sequence[Draw]) -> Tensor:
+    (m, d), rows = u.shape, u.numpy()
+    h, out, source = window(d), ready((m, d), np.float32), rows
+    for step, draw in enumerate(draws):
+        # What the first transform left is in `out`; what it did not take is still in the rows.
+        _transform(source, rows, h, out, step * (d - h), h, sign_words(draw, h))
         source = out
     return torch.from_numpy(out)
+
+
+@njit(cache=True, nogil=True)
+def _put_signs(signs, start, size, words):
+    """The bits start, ..., start + size - 1 of the rows of words = the first `size` bits of signs."""
+    mask, shift = np.uint64(0xFFFFFFFF if size >= 32 else (1 << size) - 1), np.uint64(start % 32)
+    for i in range(words.shape[0]):
+        own, to = signs[i % signs.shape[0]], words[i]
+        for w in range(own.size):
+            k, bits, kept = w + start // 32, (np.uint64(own[w]) & mask) << shift, ~(mask << shift)
+            to[k] = np.uint32(to[k] & kept | bits & np.uint64(0xFFFFFFFF))
+            if k + 1 < to.size:
+                to[k + 1] = np.uint32(to[k + 1] & (kept >> np.uint64(32)) | bits >> np.uint64(32))
 
 
 @njit(cache=True, nogil=True)
@@ -155,12 +181,36 @@ def _flip(y, signs, out, lo, hi):
             to[j] = -x[j] if (own[j >> 5] >> np.uint32(j & 31)) & 1 else x[j]
 
 
-def rotate_back(y: Tensor, draws: Sequence[Draw], d: int) -> Tensor:
+def rotate_back(y: Tensor, draws: Sequence[Draw]) -> Tensor:
+    (m, d), source = y.shape, y.numpy()
+    h, out, split = window(d), ready((m, d), np.float32), d
+    signs = np.zeros((1, -(-d // 32)), np.uint32)
+    for step, draw in reversed(list(enumerate(draws))):
+        # The signs that follow the second transform are those in front of the first, or in the last pass.
+        start, own = step * (d - h), sign_words(draw, h)
+        _transform(source, out, split, out, start, h, signs)
+        rows = len(own) if len(signs) == 1 else len(signs)
+        signs = np.array(np.broadcast_to(signs, (rows, signs.shape[1])), order="C")
+        _put_signs(own, start, h, signs)
+        split = start
+    spread(_flip, (out, signs, out), d, 16, LEAST // max(m, 1))
+    return torch.from_numpy(out)
+
+
+def rotate_padded(u: Tensor, draws: Sequence[Draw], size: int) -> Tensor:
+    out, source = ready((len(u), size), np.float32), u.numpy()
+    for draw in draws:
+        _transform(source, source, source.shape[1], out, 0, size, sign_words(draw, size))
+        source = out
+    return torch.from_numpy(out)
+
+
+def rotate_padded_back(y: Tensor, draws: Sequence[Draw], d: int) -> Tensor:
     m, size = y.shape
     turned, source, signs = ready((m, size), np.float32), y.numpy(), None
     for draw in reversed(draws):
         # The signs that follow one transform are those in front of the next.
-        _transform(source, turned, signs)
+        _transform(source, source, size, turned, 0, size, signs)
         source, signs = turned, sign_words(draw, size)
     out = turned if d == size else ready((m, d), np.float32)
     spread(_flip, (turned, signs, out), d, 16, LEAST // max(m, 1))

@@ -24,7 +24,7 @@ from shoal.kernels.cpu.rotation import (
     columns,
     dots,
     piece,
-    rotate,
+    rotate_padded,
     sign_words,
 )
 from shoal.kernels.cpu.sums import added_lanes
@@ -42,7 +42,8 @@ def _first(u, signs, scale, x, squares, across, lo, hi):
         i, p = q // across, q % across
         if p < squares.shape[1]:
             squares[i, p] = piece(u[i], u[i], p * SUM_BLOCK, lanes)
-        block(u[i], p * BLOCK, signs[i % signs.shape[0]], True, scale, x[i, p * BLOCK : (p + 1) * BLOCK], room)
+        row, own = u[i], signs[i % signs.shape[0]]
+        block(row, row, row.size, p * BLOCK, own, True, scale, x[i, p * BLOCK : (p + 1) * BLOCK], room)
 
 
 @njit(cache=True, nogil=True)
@@ -78,17 +79,17 @@ def _turned(u: np.ndarray, signs: np.ndarray, code: np.ndarray, sums: np.ndarray
     spread(_first, (u, signs, scale, x, squares, across), m * across, least=LEAST // BLOCK)
     step = BLOCK
     while step < stride:
-        spread(columns, (x, step, 16), x.size // (16 * COLUMNS), least=LEAST // (16 * COLUMNS))
+        spread(columns, (x, 0, x.shape[1], step, 16), x.size // (16 * COLUMNS), least=LEAST // (16 * COLUMNS))
         step *= 16
     spread(_last, (x, stride, full, code, sums), m * (stride // BLOCK), least=1)
 
 
 def rotate_signs(u: Tensor, draws: Sequence[Draw], size: int) -> tuple[Tensor, Tensor, Tensor]:
     if size <= BLOCK:
-        return *encode_signs(rotate(u, draws, size)), dots(u, u)
+        return *encode_signs(rotate_padded(u, draws, size)), dots(u, u)
     (m, d), square = u.shape, None
     if len(draws) > 1:
-        square, u = dots(u, u), rotate(u, draws[:-1], size)
+        square, u = dots(u, u), rotate_padded(u, draws[:-1], size)
     code, sums = ready((m, size // 8), np.uint8), np.empty((m, -(-size // SUM_BLOCK)))
     squares = np.empty((m, -(-d // SUM_BLOCK) if square is None else 0))
     _turned(u.numpy(), sign_words(draws[-1], size), code, sums, squares)

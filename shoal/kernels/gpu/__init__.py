@@ -33,7 +33,7 @@ from shoal.kernels.gpu.pointwise import (
     mean_natural,
     mean_natural_levels,
 )
-from shoal.kernels.gpu.rotation import hadamard, rotate, rotate_back
+from shoal.kernels.gpu.rotation import hadamard, rotate, rotate_back, rotate_padded, rotate_padded_back
 from shoal.kernels.gpu.sparse import decode_topk, encode_topk, gather, mean_sparse, scatter, topk
 from shoal.kernels.gpu.strata import decode_strata, encode_strata, mean_strata
 from shoal.kernels.gpu.sums import add_rows, dots, greatest, maxes, mean_abs, mean_rows, norms, square_norm

@@ -14,7 +14,7 @@ from shoal.kernels.gpu.bits import decode_bits, sign_bits
 from shoal.kernels.gpu.launch import TILE, inner, launch, tiles
 from shoal.kernels.gpu.packing import field, store_packed
 from shoal.kernels.gpu.philox import tile_of
-from shoal.kernels.gpu.rotation import rotate, rotate_back
+from shoal.kernels.gpu.rotation import rotate_padded, rotate_padded_back
 from shoal.kernels.gpu.sums import dots, sums
 from shoal.kernels.reference.turned import Part, Steps, read_in_steps, sent_in_steps
 
@@ -24,7 +24,7 @@ def encode_signs(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate_signs(u: Tensor, draws: Sequence[Draw], size: int) -> tuple[Tensor, Tensor, Tensor]:
-    return *encode_signs(rotate(u, draws, size)), dots(u, u)
+    return *encode_signs(rotate_padded(u, draws, size)), dots(u, u)
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def decode_points(payload: Tensor, scale: Tensor, table: Tensor, d: int) -> Tens
 
 
 STEPS = Steps(
-    rotate, rotate_back, rotate_signs, encode_signs, encode_points, decode_bits, decode_points, dots,
+    rotate_padded, rotate_padded_back, rotate_signs, encode_signs, encode_points, decode_bits, decode_points, dots,
     lambda parts: torch.cat(parts, 1),
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from shoal.kernels.draw import Draw
 from shoal.kernels.gpu.launch import launch, tiles
 from shoal.kernels.gpu.philox import tile_of, words
+from shoal.kernels.reference.rotation import window
 
 FIRST, NEXT = 12, 8  # stages a pass: strides 1 .. 2^11 of 4096 neighbors, then eight strides at a time
 HELD = 4096  # coordinates a program: a later pass takes HELD / 2^stages neighbors from each of its places
@@ -30,18 +31,20 @@ def turned(x, signs, row, j, count):
 
 @triton.jit
 def _stages(
-    u, out, before, after, scale, stride, size, inside, kept, count, before_rows, after_rows,
+    u, out, before, after, scale, stride, size, start, inside, kept, count, before_rows, after_rows,
     BEFORE: tl.constexpr, AFTER: tl.constexpr, LOG: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The butterflies with strides stride, 2 stride, ..., LOG of them: a program has 2^LOG places in its registers.
 
-    Rows of `size` coordinates come from rows of `inside`, filled with zeros, and go to rows of `kept`.
+    Of the `size` coordinates from `start` on: they come from rows of `inside`, filled with zeros, and go to rows of
+    `kept`.
     """
     outer, column = tile_of(stride // COLUMNS)
     place = tl.arange(0, 1 << LOG)[:, None].to(tl.int64) * stride + tl.arange(0, COLUMNS)[None, :]
-    start = (outer << LOG) * stride + column * COLUMNS
-    row, j = start // size, start % size + place
-    x = tl.load(u + row * inside + j, mask=j < inside, other=0.0)
+    first = (outer << LOG) * stride + column * COLUMNS
+    row, j = first // size, first % size + place
+    at = start + j
+    x = tl.load(u + row * inside + at, mask=at < inside, other=0.0)
     if BEFORE:
         x = turned(x, before, row % before_rows, j, count)
     x = x * scale
@@ -51,7 +54,7 @@ def _stages(
         x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (1 << LOG, COLUMNS))
     if AFTER:
         x = turned(x, after, row % after_rows, j, count)
-    tl.store(out + row * kept + j, x, mask=j < kept)
+    tl.store(out + row * kept + at, x, mask=at < kept)
 
 
 def _passes(size: int) -> list[tuple[int, int]]:
@@ -63,25 +66,29 @@ def _passes(size: int) -> list[tuple[int, int]]:
     return out
 
 
-def _transform(u: Tensor, size: int, kept: int, before: Tensor | None, after: Tensor | None) -> Tensor:
-    """(m, kept) float32: u filled with zeros to `size`, times the signs `before`, transformed, times those `after`."""
-    source, m, passes = u.contiguous(), len(u), _passes(size)
-    room = torch.empty((m, size), device=u.device) if len(passes) > 1 else source
+def _transform(u: Tensor, out: Tensor, size: int, before: Tensor | None, after: Tensor | None, start: int = 0) -> None:
+    """The coordinates from `start` on of out = `size` of those of u, filled with zeros, times the signs `before`,
+    transformed, times those `after`. In place where u is out."""
+    m, passes = len(out), _passes(size)
+    whole = len(passes) == 1 or out.shape[1] >= start + size
+    source, room = u, out if whole else torch.empty((m, size), device=u.device)
     none, scale = torch.empty(0, dtype=torch.int32, device=u.device), size**-0.5
     for at, (stride, stages) in enumerate(passes):
         first, last, columns = at == 0, at == len(passes) - 1, min(stride, HELD >> stages)
-        out = torch.empty((m, kept), device=u.device) if last else room
+        target = out if last else room
         one, other = before if first else None, after if last else None
         signs = [none if x is None else x for x in (one, other)]
-        numbers = (scale, stride, size, source.shape[1], out.shape[1], tiles(size, 32), *(len(x) or 1 for x in signs))
+        widths = (source.shape[1], target.shape[1])
+        numbers = (scale, stride, size, start, *widths, tiles(size, 32), *(len(x) or 1 for x in signs))
         constants = {"BEFORE": one is not None, "AFTER": other is not None, "LOG": stages, "COLUMNS": columns}
-        launch(_stages, m * size // (columns << stages), u.device, source, out, *signs, *numbers, **constants)
+        launch(_stages, m * size // (columns << stages), u.device, source, target, *signs, *numbers, **constants)
         source, scale = room, 1.0  # a pass in the middle works in place, and times 1.0 changes no bit
-    return out
 
 
 def hadamard(u: Tensor) -> Tensor:
-    return _transform(u, u.shape[1], u.shape[1], None, None)
+    out = torch.empty(u.shape, device=u.device)
+    _transform(u.contiguous(), out, u.shape[1], None, None)
+    return out
 
 
 def _signs(draw: Draw, size: int) -> Tensor:
@@ -89,14 +96,34 @@ def _signs(draw: Draw, size: int) -> Tensor:
     return words(draw, tiles(size, 32)).view(torch.int32)
 
 
-def rotate(u: Tensor, draws: Sequence[Draw], size: int) -> Tensor:
-    for draw in draws:
-        u = _transform(u, size, size, _signs(draw, size), None)
+def rotate(u: Tensor, draws: Sequence[Draw]) -> Tensor:
+    y, d = u.clone(memory_format=torch.contiguous_format), u.shape[1]
+    h = window(d)
+    for step, draw in enumerate(draws):
+        _transform(y, y, h, _signs(draw, h), None, step * (d - h))
+    return y
+
+
+def rotate_back(y: Tensor, draws: Sequence[Draw]) -> Tensor:
+    u, d = y.clone(memory_format=torch.contiguous_format), y.shape[1]
+    h = window(d)
+    for step, draw in reversed(list(enumerate(draws))):
+        _transform(u, u, h, None, _signs(draw, h), step * (d - h))
     return u
 
 
-def rotate_back(y: Tensor, draws: Sequence[Draw], d: int) -> Tensor:
-    size = y.shape[1]
-    for step, draw in reversed(list(enumerate(draws))):
-        y = _transform(y, size, size if step else d, None, _signs(draw, size))
+def rotate_padded(u: Tensor, draws: Sequence[Draw], size: int) -> Tensor:
+    source, y = u.contiguous(), torch.empty((len(u), size), device=u.device)
+    for draw in draws:
+        _transform(source, y, size, _signs(draw, size), None)
+        source = y
     return y
+
+
+def rotate_padded_back(y: Tensor, draws: Sequence[Draw], d: int) -> Tensor:
+    (m, size), source = y.shape, y.contiguous()
+    for step, draw in reversed(list(enumerate(draws))):
+        out = torch.empty((m, size if step else d), device=y.device)
+        _transform(source, out, size, None, _signs(draw, size))
+        source = out
+    return source

@@ -34,6 +34,8 @@ from shoal.kernels.reference.rotation import (
     hadamard,
     rotate,
     rotate_back,
+    rotate_padded,
+    rotate_padded_back,
     rotate_signs,
 )
 from shoal.kernels.reference.sparse import decode_topk, encode_topk, gather, mean_sparse, scatter, topk
@@ -95,6 +97,8 @@ __all__ = [
     "read_scales",
     "rotate",
     "rotate_back",
+    "rotate_padded",
+    "rotate_padded_back",
     "rotate_signs",
     "scatter",
     "scatter_dealt",

@@ -44,7 +44,36 @@ def _signs_of(draw: Draw, m: int, d: int) -> np.ndarray:
     return np.broadcast_to(rademacher(draw, d).numpy(), (m, d))
 
 
-def rotate(u: Tensor, draws: Sequence[Draw], size: int) -> Tensor:
+def window(d: int) -> int:
+    """The greatest power of two that is at most d: so many coordinates a transform of `rotate` takes."""
+    return 1 << (d.bit_length() - 1)
+
+
+def rotate(u: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """(m, d) float32: a rotation of R^d. With h = window(d), the signs of the first draw and `hadamard` on coordinates
+    0..h-1, then those of the second on coordinates d-h..d-1, of what the first left there.
+
+    There is one draw where d = h, and there are two else. Each has h signs.
+    """
+    y, d = u.numpy().copy(), u.shape[1]
+    h = window(d)
+    for step, draw in enumerate(draws):
+        part = y[:, step * (d - h) :][:, :h]
+        part[:] = hadamard(torch.from_numpy(part * _signs_of(draw, len(y), h))).numpy()
+    return torch.from_numpy(y)
+
+
+def rotate_back(y: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """(m, d) float32: the inverse of `rotate`, the last draw first: `hadamard`, then signs."""
+    u, d = y.numpy().copy(), y.shape[1]
+    h = window(d)
+    for step, draw in reversed(list(enumerate(draws))):
+        part = u[:, step * (d - h) :][:, :h]
+        part[:] = hadamard(torch.from_numpy(part.copy())).numpy() * _signs_of(draw, len(u), h)
+    return torch.from_numpy(u)
+
+
+def rotate_padded(u: Tensor, draws: Sequence[Draw], size: int) -> Tensor:
     """(m, size) float32: u padded with zeros to a power of two; then for each draw its signs, then `hadamard`."""
     y = np.zeros((len(u), size), np.float32)
     y[:, : u.shape[1]] = u.numpy()
@@ -53,8 +82,8 @@ def rotate(u: Tensor, draws: Sequence[Draw], size: int) -> Tensor:
     return torch.from_numpy(y)
 
 
-def rotate_back(y: Tensor, draws: Sequence[Draw], d: int) -> Tensor:
-    """(m, d) float32: the inverse of `rotate`, the last draw first: `hadamard`, then signs. The padding is dropped."""
+def rotate_padded_back(y: Tensor, draws: Sequence[Draw], d: int) -> Tensor:
+    """(m, d) float32: the inverse of `rotate_padded`, the last draw first. The padding is dropped."""
     for draw in reversed(draws):
         y = torch.from_numpy(hadamard(y).numpy() * _signs_of(draw, *y.shape))
     return y[:, :d].contiguous()
@@ -66,8 +95,9 @@ def encode_signs(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate_signs(u: Tensor, draws: Sequence[Draw], size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of y = `rotate`(u): its `encode_signs`, two tensors, and (m,) float64 sum_j u_ij^2 in the blocks' order."""
-    return *encode_signs(rotate(u, draws, size)), dots(u, u)
+    """Of y = `rotate_padded`(u): its `encode_signs`, two tensors, and (m,) float64 sum_j u_ij^2, both sums in the
+    blocks' order."""
+    return *encode_signs(rotate_padded(u, draws, size)), dots(u, u)
 
 
 def encode_points(y: Tensor, factor: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ from shoal.kernels.reference.rotation import (
     decode_points,
     encode_points,
     encode_signs,
-    rotate,
-    rotate_back,
+    rotate_padded,
+    rotate_padded_back,
     rotate_signs,
 )
 from shoal.kernels.reference.sums import dots
@@ -38,8 +38,8 @@ class Part(NamedTuple):
 class Steps(NamedTuple):
     """The kernels that messages are made of and read with, as a device has them."""
 
-    rotate: Callable[..., Tensor]
-    rotate_back: Callable[..., Tensor]
+    rotate_padded: Callable[..., Tensor]
+    rotate_padded_back: Callable[..., Tensor]
     rotate_signs: Callable[..., tuple[Tensor, Tensor, Tensor]]
     encode_signs: Callable[..., tuple[Tensor, Tensor]]
     encode_points: Callable[..., tuple[Tensor, Tensor]]
@@ -60,7 +60,7 @@ def sent_in_steps(
         sent.append(code)
     else:
         whole = square = ops.dots(u, u)
-        y, at, along = ops.rotate(u, draws, size), 0, torch.zeros_like(square)
+        y, at, along = ops.rotate_padded(u, draws, size), 0, torch.zeros_like(square)
         for part in parts:
             some = y[:, at : at + part.size].contiguous()
             if part.bits == 1:
@@ -94,11 +94,11 @@ def read_in_steps(
     y = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
     if y.shape[1] < size:
         y = torch.nn.functional.pad(y, (0, size - y.shape[1]))
-    return ops.rotate_back(y, draws, d)
+    return ops.rotate_padded_back(y, draws, d)
 
 
 STEPS = Steps(
-    rotate, rotate_back, rotate_signs, encode_signs, encode_points, decode_bits, decode_points, dots,
+    rotate_padded, rotate_padded_back, rotate_signs, encode_signs, encode_points, decode_bits, decode_points, dots,
     lambda parts: torch.cat(parts, 1),
 )  # fmt: skip
 
@@ -108,7 +108,7 @@ def encode_turned(
 ) -> tuple[Tensor, Tensor]:
     """((m, 4 + bytes) uint8, (m,) float64 ||u_i||^2 in the blocks' order).
 
-    A row is S_i as float32, then for each part the numbers of the points q, packed, of y_i = `rotate`(u_i): two points
+    A row is S_i as float32, then for each part the numbers of the points q, packed, of y_i = `rotate_padded`(u_i): two points
     by the sign, more of them nearest to y_ij sqrt(size) / ||u_i||. S_i = V / <y_i, q>, V = ||u_i||^2, or where the
     parts leave coordinates out, size / count times the square norm of the one part's; with `least`, <y_i, q> / size.
     S_i = 0 where <y_i, q> is not positive.
@@ -119,6 +119,6 @@ def encode_turned(
 def decode_turned(
     payload: Tensor, scale: Tensor, draws: Sequence[Draw], size: int, parts: Sequence[Part], d: int
 ) -> Tensor:
-    """(m, d) float32: `rotate_back` of scale_i times the points that the numbers behind four bytes name, zeros behind
-    them."""
+    """(m, d) float32: `rotate_padded_back` of scale_i times the points that the numbers behind the first four bytes
+    name, and zeros behind them."""
     return read_in_steps(STEPS, payload, scale, draws, size, parts, d)
