@@ -84,8 +84,8 @@ def rounded(ops: ModuleType, v: Inputs) -> list[Tensor]:
             out.append(ops.encode_bits(v.u, r, v.private, v.tie, strata, place, shifts))
             out.append(ops.encode_bits(v.u, r, v.private, v.tie, strata, place, v.shared, head=strata == 5))
             out.append(ops.encode_bits(v.u, r, v.private, v.tie, strata, place, None))
-    drawn = v.private._replace(slots=torch.arange(v.m))
-    out.append(ops.encode_bits(v.u, v.r, drawn, v.tie, 5, v.shared, v.shared, head=True))
+    own = [draw._replace(slots=torch.arange(v.m)) for draw in (v.private, v.tie)]
+    out.append(ops.encode_bits(v.u, v.r, *own, 5, v.shared, v.shared, head=True))
     return out
 
 
@@ -98,8 +98,8 @@ def leveled(ops: ModuleType, v: Inputs) -> list[Tensor]:
         for s in (2, 3, 16):
             out.append(ops.encode_levels(v.u, v.r, v.private, v.tie, s, strata, place, shifts))
             out.append(ops.encode_levels(v.u, norm, v.private, v.tie, s, strata, place, None))
-    drawn = v.private._replace(slots=torch.arange(v.m))
-    out.append(ops.encode_levels(v.u, v.r, drawn, v.tie, 3, 5, v.shared, v.shared, True))
+    own = [draw._replace(slots=torch.arange(v.m)) for draw in (v.private, v.tie)]
+    out.append(ops.encode_levels(v.u, v.r, *own, 3, 5, v.shared, v.shared, True))
     headed = ops.encode_levels(v.u, v.r, v.private, v.tie, 16, head=True)
     same(headed[:, :4].contiguous(), v.r[:, None].view(torch.uint8))
     return [*out, headed]
@@ -191,7 +191,7 @@ CASES: dict[str, Callable[[ModuleType, Inputs], object]] = {
     "maxes": lambda ops, v: ops.maxes(v.u),
     "mean_bits": lambda ops, v: ops.mean_bits(v.bytes, v.r, v.d, 7),
     "mean_levels": lambda ops, v: read(lambda p, s: ops.mean_levels(p, v.r, s, v.d, 7), v, COUNTS),
-    "mean_rows": lambda ops, v: ops.mean_rows(v.u, 7),
+    "mean_rows": lambda ops, v: [ops.mean_rows(v.u, 7), ops.mean_rows(v.u / 2, 7, 0.6)],
     "mean_sparse": lambda ops, v: sparse(ops, v, "mean_sparse"),
     "norms": lambda ops, v: ops.norms(v.u),
     "pack": packed,
@@ -312,12 +312,22 @@ def scales_read(ops: ModuleType, v: Inputs) -> list[object]:
     return out
 
 
+def tossed(ops: ModuleType, v: Inputs) -> list[Tensor]:
+    """Impossible, even, certain; and odds that a row's two words just do not reach, and just do."""
+    high, low = reference.words(v.private, 2)[0].tolist()
+    out = [ops.coins(v.private, odds) for odds in (0, 2**63, 2**64, high << 32 | low, (high << 32 | low) + 1)]
+    assert [bool(heads[0]) for heads in (out[0], *out[2:])] == [False, True, False, True]
+    return out
+
+
 CASES |= {
+    "coins": tossed,
     "decode_topk": kept,
     "encode_topk": lambda ops, v: [ops.encode_topk(v.u, k) for k in {1, (v.d + 1) // 2, v.d}],
     "greatest": lambda ops, v: [ops.greatest(v.u), ops.greatest(v.u[:0]), ops.greatest(v.u * float("nan"))],
     "places": lambda ops, v: [ops.places(v.shared, n, torch.arange(v.m) % n) for n in (1, 7, 1000)],
     "read_scales": scales_read,
+    "symmetric": lambda ops, v: ops.symmetric(v.private, v.d),
 }
 
 
@@ -393,9 +403,13 @@ def on_an_offset_grid(ops: ModuleType, v: Inputs) -> list[Tensor]:
         place = torch.arange(v.m) % strata
         for r in (v.r, v.r * 0.75):
             out.append(ops.encode_strata(v.u, r, v.private, v.tie, levels, strata, place, shifts, steps, offset))
+            own = [draw._replace(slots=place) for draw in (v.private, v.tie)]
+            out.append(ops.encode_strata(v.u, r, *own, levels, strata, v.shared, v.shared, steps, v.shared, True))
         with np.errstate(over="ignore"):
             out.append(ops.decode_strata(v.codes(levels), v.r, strata, steps, offset))
+            out.append(ops.decode_strata(v.codes(levels), v.r, strata, steps, v.shared))
         out.append(ops.mean_strata(v.codes(levels), v.r, strata, steps, offset, 7))
+        out.append(ops.mean_strata(v.codes(levels), v.r, strata, steps, v.shared, 7))
     return out
 
 
@@ -632,18 +646,18 @@ def test_sums_run_from_row_to_row(ops):
         total = torch.zeros(130, dtype=torch.float64)
         ops.add_rows(u[:cut], total)
         ops.add_rows(u[cut:], total)
-        same(total / 7, ops.mean_rows(u, 7))
+        same((total / 7).float(), ops.mean_rows(u, 7))
     assert ops.mean_rows(torch.tensor([[2.0**60], [1.0], [-(2.0**60)]]), 1).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
 def test_means_of_codes_are_means_of_rows(ops):
     v = Inputs(4, 130, 1.0)
-    same(ops.mean_bits(v.bytes, v.r, 130, 9), ops.mean_rows(ops.decode_bits(v.bytes, v.r, 130), 9).float())
+    same(ops.mean_bits(v.bytes, v.r, 130, 9), ops.mean_rows(ops.decode_bits(v.bytes, v.r, 130), 9))
     values, index, pointer, _ = v.blocks()
     # A power of two scales exactly, so that scaling the sum is scaling the rows.
     rows = ops.scatter(values, index, pointer, 130, 4.0)
-    same(ops.mean_sparse(values, index, pointer, 130, 4.0, 9) + 0.0, ops.mean_rows(rows, 9) + 0.0)
+    same(ops.mean_sparse(values, index, pointer, 130, 4.0, 9).float() + 0.0, ops.mean_rows(rows, 9) + 0.0)
 
 
 @given(st.data())

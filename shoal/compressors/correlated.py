@@ -236,8 +236,7 @@ class Correlated(Compressor):
         d = u.shape[1]
         self.check(rnd.cohort, d)
         if self.blocks == 1:
-            place = rnd.shared("Correlated.places")
-            return Messages.of(self._rounded(u, r, rnd, rnd.cohort, place), rnd, d)
+            return Messages.of(self._rounded(u, r, rnd, rnd.cohort, _order(rnd)), rnd, d)
         part = self._split(rnd.slots, d, rnd)
         values, lengths = part.block.gather(u, -(-d // self.blocks)), part.block.lengths()
         payload = torch.zeros(len(u), self.capacity(rnd.cohort, d), dtype=torch.uint8, device=u.device)
@@ -329,7 +328,7 @@ class Correlated(Compressor):
         return values
 
     def _places(self, slots: Tensor, rnd: Round) -> Tensor:
-        return rng.places(rnd.shared("Correlated.places"), rnd.cohort, slots)
+        return rng.places(_order(rnd), rnd.cohort, slots)
 
     def _split(self, slots: Tensor, d: int, rnd: Round) -> Split:
         """Who sends what: one permutation of the clients gives the groups, and the places in them."""
@@ -350,6 +349,11 @@ class Correlated(Compressor):
             code, r = self._read(some, rnd, n / size)
             values[rows, :length] = (self._values(code, r, length).double() * (n / size)).float()
         return values, part
+
+
+def _order(rnd: Round) -> Draw:
+    """The permutation of the cohort that gives every client its place."""
+    return rnd.shared("Correlated.places")
 
 
 def agree_locally(u: Rows, compressor: Compressor, rnd: Round) -> Round:

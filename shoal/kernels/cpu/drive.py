@@ -149,7 +149,7 @@ STEPS = Steps(
 
 def _short(draws: Sequence[Draw], size: int) -> bool:
     """Whether rows are of one block, and all signs of one slot each."""
-    return size <= BLOCK and all(draw.slots is draws[0].slots for draw in draws)
+    return size <= BLOCK and (len(draws) == 1 or all(draw.slots is draws[0].slots for draw in draws))
 
 
 def _keys(draws: Sequence[Draw]) -> tuple[np.ndarray, tuple[np.uint64, ...], np.ndarray]:

@@ -10,6 +10,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.lanes import add_squares_16, add_squares_256
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.reference.sums import LANES, SUM_BLOCK
@@ -140,14 +141,14 @@ def add_rows(u: Tensor, total: Tensor) -> None:
 
 
 @njit(cache=True, nogil=True)
-def _mean_rows(u, total, cohort):
-    total[:] = 0.0
+def _mean_rows(u, mean, cohort, share):
+    total = np.zeros(mean.size)
     _add_rows(u, total)
-    for j in range(total.size):
-        total[j] /= cohort
+    for j in range(mean.size):
+        mean[j] = np.float32(total[j] / cohort / share)
 
 
-def mean_rows(u: Tensor, cohort: int) -> Tensor:
-    total = np.empty(u.shape[1])
-    _mean_rows(u.numpy(), total, cohort)
-    return torch.from_numpy(total)
+def mean_rows(u: Tensor, cohort: int, share: float = 1.0) -> Tensor:
+    mean = ready(u.shape[1], np.float32)
+    _mean_rows(u.numpy(), mean, cohort, float(share))
+    return torch.from_numpy(mean)

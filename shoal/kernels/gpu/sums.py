@@ -121,8 +121,8 @@ def add_rows(u: Tensor, total: Tensor) -> None:
     launch(_add_rows, tiles(d, ADDED), u.device, u.contiguous(), total, m, d, 1, SIZE=ADDED)
 
 
-def mean_rows(u: Tensor, cohort: int) -> Tensor:
+def mean_rows(u: Tensor, cohort: int, share: float = 1.0) -> Tensor:
     m, d = u.shape
     total = torch.zeros(d, dtype=torch.float64, device=u.device)
     launch(_add_rows, tiles(d, ADDED), u.device, u.contiguous(), total, m, d, cohort, SIZE=ADDED)
-    return total
+    return divided(total, share).float()

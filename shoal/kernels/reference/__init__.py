@@ -18,7 +18,7 @@ from shoal.kernels.reference.levels import (
     mean_trits,
 )
 from shoal.kernels.reference.lowrank import low_rank, outer
-from shoal.kernels.reference.philox import below, halves, permutation, places, support, words
+from shoal.kernels.reference.philox import below, coins, halves, permutation, places, support, symmetric, words
 from shoal.kernels.reference.pointwise import (
     decode_natural,
     decode_natural_levels,
@@ -47,6 +47,7 @@ from shoal.kernels.reference.turned import decode_turned, encode_turned
 __all__ = [
     "add_rows",
     "below",
+    "coins",
     "dealt_lengths",
     "decode_bits",
     "decode_entropy",
@@ -105,6 +106,7 @@ __all__ = [
     "sign_bits",
     "square_norm",
     "support",
+    "symmetric",
     "topk",
     "unfold_codes",
     "unpack",

@@ -61,11 +61,11 @@ def add_rows(u: Tensor, total: Tensor) -> None:
         total.numpy()[:] += row
 
 
-def mean_rows(u: Tensor, cohort: int) -> Tensor:
-    """(d,) float64: (1/cohort) sum_i u_i, from row 0 to row m-1."""
+def mean_rows(u: Tensor, cohort: int, share: float = 1.0) -> Tensor:
+    """(d,) float32: ((1/cohort) sum_i u_i) / share, in float64 from row 0 to row m-1, then rounded."""
     total = torch.zeros(u.shape[1], dtype=torch.float64)
     add_rows(u, total)
-    return total / cohort
+    return (total / cohort / share).float()
 
 
 def mean_abs(u: Tensor) -> Tensor:

@@ -108,10 +108,10 @@ def encode_turned(
 ) -> tuple[Tensor, Tensor]:
     """((m, 4 + bytes) uint8, (m,) float64 ||u_i||^2 in the blocks' order).
 
-    A row is S_i as float32, then for each part the numbers of the points q, packed, of y_i = `rotate_padded`(u_i): two points
-    by the sign, more of them nearest to y_ij sqrt(size) / ||u_i||. S_i = V / <y_i, q>, V = ||u_i||^2, or where the
-    parts leave coordinates out, size / count times the square norm of the one part's; with `least`, <y_i, q> / size.
-    S_i = 0 where <y_i, q> is not positive.
+    A row is S_i as float32, then for each part the numbers of the points q, packed, of y_i = `rotate_padded`(u_i):
+    two points by the sign, more of them nearest to y_ij sqrt(size) / ||u_i||. S_i = V / <y_i, q>, V = ||u_i||^2, or
+    where the parts leave coordinates out, size / part.size times the square norm of the one part's; with `least`,
+    <y_i, q> / size. S_i = 0 where <y_i, q> is not positive.
     """
     return sent_in_steps(STEPS, u, draws, size, parts, least)
 
