@@ -13,6 +13,7 @@ two Python threads enter it at once.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import threading
 import time
@@ -31,12 +32,16 @@ LEAST = 1 << 16  # coordinates a thread from which on another one that is awake 
 WAKE = 8  # times as many, in all, from which on it pays to wake one
 PIECES = 4  # a thread: who comes late leaves the others the rest
 LINGER, AWAY = 300_000, 100_000  # nanoseconds: how long a thread watches the board; how long it may be kept from it
+NAP = np.uint32(50)  # microseconds
 _TURN = 64  # looks at the board, after which a thread lets others have the core if there are any
 
 # Words of the board, those that many threads write on lines of the cache of their own.
 TICKET, OWNED, INSIDE, SEATS, NEXT = 0, 8, 16, 24, 32
-SERIAL, FUNCTION, RECORD, SIZE, STEP, OVER, WORDS = 40, 41, 42, 43, 44, 48, 56
+SERIAL, FUNCTION, RECORD, SIZE, STEP, CORE, OVER, WORDS = 40, 41, 42, 43, 44, 45, 48, 56
 _give_way = types.ExternalFunction("sched_yield", types.int32())
+_nap = types.ExternalFunction("usleep", types.int32(types.uint32))
+_KNOWN = hasattr(ctypes.CDLL(None), "sched_getcpu")  # not every system says which core a thread is on
+_which = types.ExternalFunction("sched_getcpu" if _KNOWN else "sched_yield", types.int32())
 
 
 @njit(cache=True, nogil=True)
@@ -58,6 +63,7 @@ def _share(board, function, record, size, step, seats):
         return
     board[SERIAL] += 1
     board[FUNCTION], board[RECORD], board[SIZE], board[STEP] = function, record, size, step
+    board[CORE] = _which() if _KNOWN else -1
     store(board, SEATS, seats)
     store(board, NEXT, 0)
     store(board, TICKET, board[SERIAL])
@@ -74,11 +80,21 @@ def _share(board, function, record, size, step, seats):
 
 @njit(cache=True, nogil=True)
 def _watch(board, last):
-    """Take part in every task but `last`, until there is none for `LINGER`, or others have had this core: the last."""
-    turns, since = 0, 0
+    """Take part in every task but `last`, until there is none for `LINGER`, or this core is not free: the last task.
+
+    On its caller's core a thread gains nothing, and does nothing. Whoever wakes up is put on a core that is free, if
+    there is one: so it naps once, and then sleeps, as it does where others had its core meanwhile.
+    """
+    turns, since, napped = 0, 0, 0
     while load(board, OVER) == 0:
         ticket = load(board, TICKET)
         if ticket != 0 and ticket != last:
+            if _KNOWN and _which() == board[CORE]:
+                if napped == ticket:
+                    return ticket
+                napped = ticket
+                _nap(NAP)
+                continue
             add(board, INSIDE, 1)
             if load(board, TICKET) == ticket:  # and stays: the caller closes the task, then waits for those inside
                 if add(board, SEATS, -1) > 0:
@@ -96,7 +112,6 @@ def _watch(board, last):
             since = 0
         elif since == 0:
             since = now
-        # Whoever was kept waiting shares its core, perhaps with the caller: who is woken is put on one that is free.
         if now - began > AWAY or (since > 0 and now - since > LINGER):
             break
     return last
