@@ -26,9 +26,10 @@ from benchmarks.slow_link.links import Link, links, missing
 from benchmarks.slow_link.work import WIDE, wide
 from shoal.core import Compressor
 from shoal.experiments import workload
-from shoal.experiments.advise import Line, advice, measured_line
+from shoal.experiments.advise import advice
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import versions, write_json
+from shoal.experiments.line import Line, measured_line
 from shoal.experiments.timing import machine_line, normal_rows
 from shoal.experiments.workload import Bucket, Workload
 from shoal.runtimes.group import group
@@ -40,10 +41,10 @@ LATENCY = 0.1  # ms, that a told line has
 CLOSE = 0.25  # how far a prediction may be off
 
 
-def work_of(job: str, repeat: int) -> Workload:
+def work_of(job: str, repeat: int, peers: Peers) -> Workload:
     """The job of slow_link, as it is predicted: the exchange of all gradients alone, or a step of its model."""
     if job == "step":
-        return workload.measured(wide, job, repeat, lambda label, share: None)
+        return workload.measured(wide, job, repeat, lambda label, share: None, peers)
     d = 4 * WIDE * WIDE
     return Workload(job, 0.0, 0.0, (Bucket(d, 0, 0.0),), tuple(normal_rows(1, d, k)[0] for k in range(4)))
 
@@ -53,7 +54,9 @@ def predicted(peers: Peers, ways: list[str], repeat: int, rate: float) -> dict[s
     codes = [parse(way, known_names(), Compressor) for way in ways]
     line, told, out = measured_line(peers), Line.told(rate, LATENCY), dict[str, Any]()
     for job in JOBS:
-        result = advice(codes, work_of(job, repeat), peers.world, line, channel_of("auto"), repeat=repeat, peers=peers)
+        result = advice(
+            codes, work_of(job, repeat, peers), peers.world, line, channel_of("auto"), repeat=repeat, peers=peers
+        )
         known = {way.name: way for way in result.ways}
         for name, way in [
             ("float32", result.plain),
@@ -129,7 +132,7 @@ def main() -> int:
                 (line,) = (json.loads(text) for text in said(places, words))
             here = []
             asked = argparse.Namespace(ranks=chosen.ranks, repeat=chosen.repeat, way=["float32", *chosen.way], data="",
-                                       accuracy=1.0)  # fmt: skip
+                                       accuracy=1.0, batch=1)  # fmt: skip
             for job in JOBS:
                 progress.update(bar, description=f"{link}: {job}")
                 for found in measured(link, job, asked):

@@ -21,16 +21,17 @@ from typer.testing import CliRunner
 from shoal.cli import app
 from shoal.compressors import QSGD, Correlated, Dense, PermK, Rotated, TopK
 from shoal.errors import ConfigError
-from shoal.experiments import workload
-from shoal.experiments.advise import Advice, Line, Part, Way, advice, compressed, float32
+from shoal.experiments import line, workload
+from shoal.experiments.advise import Advice, Part, Way, advice, compressed, float32
 from shoal.experiments.expressions import compact
+from shoal.experiments.line import Line, shared
 from shoal.experiments.timing import normal_rows
 from shoal.experiments.workload import Bucket, Workload, assumed, filled, found, measured
 from shoal.messages import Round
 from shoal.runtimes import Local, peers
 from shoal.runtimes.ranks import KINDS
 from shoal.runtimes.reduce import reduce
-from shoal.runtimes.rehearsal import Step, rehearsed
+from shoal.runtimes.rehearsal import Spent, Step, rehearsed
 from shoal.runtimes.signals import SIZE
 
 QUIET = lambda label, share: None  # noqa: E731
@@ -124,6 +125,30 @@ def test_lines():
     for bandwidth, latency in ((0, 1), (-1, 1), (float("inf"), 0), (float("nan"), 0), (10, -1)):
         with pytest.raises(ConfigError, match="--bandwidth"):
             Line.told(bandwidth, latency)
+
+
+@pytest.mark.parametrize(
+    ("others", "seconds"),
+    [
+        ([(1.0, 0.9, 0, 2)], 1.0),  # two ranks on two cores: as timed
+        ([(1.5, 0.9, 0, 2)], 1.5),  # the slowest of them
+        ([(1.0, 0.9, 0, 2)] * 3, 1.8),  # four ranks on two cores: 3.6 seconds of work
+        ([(1.0, 0.9, 1, 2)] * 3, 1.0),  # on other machines
+        ([(1.0, 0.9, 1, 1)] * 3, 2.7),  # three of them on one core
+    ],
+)
+def test_ranks_that_share_cores_keep_them_busy(others, seconds, monkeypatch):
+    monkeypatch.setattr(line, "cores", lambda: (0, 2))
+    told = [torch.tensor(row, dtype=torch.float64) for row in others]
+    ranks = SimpleNamespace(all=lambda mine, what: [mine, *told])
+    assert shared(ranks, Spent(1.0, 0.9)) == pytest.approx(seconds, rel=1e-12)
+    assert shared(None, Spent(1.0, 0.9)) == 1.0
+
+
+def test_cores_are_those_that_this_process_may_use():
+    where, count = line.cores()
+    assert count == len(os.sched_getaffinity(0))
+    assert (where, count) == line.cores()
 
 
 # ------------------------------------------------------------------------------------------------ the step

@@ -19,7 +19,7 @@ from shoal import mnist, simulate, splits
 from shoal.data import load
 from shoal.errors import ConfigError, DataError
 from shoal.experiments.spec import ProblemSpec
-from shoal.kernels.cpu.combinations import gathered, times
+from shoal.kernels.cpu.combinations import BLOCK, columns_two, gathered, gathered_two, padded, squared, times, turned
 from shoal.problems import Autoencoder, Module, estimated
 
 WIDTH = 5  # the kernels are compiled for each width: one is enough, if it is no multiple of 4
@@ -41,7 +41,9 @@ def plain(problem: Autoencoder, x: torch.Tensor, rows: torch.Tensor) -> torch.Te
     return data + problem.lam / 2 * (D @ E - torch.eye(problem.p)).square().sum()
 
 
-@pytest.mark.parametrize("setting", [{}, {"lam": 0.0}, {"p": 1}, {"similarity": 1.0}, {"n": 1}, {"scale": 1e6}])
+@pytest.mark.parametrize(
+    "setting", [{}, {"lam": 0.0}, {"p": 1}, {"p": 31}, {"p": 36}, {"similarity": 1.0}, {"n": 1}, {"scale": 1e6}]
+)
 def test_values_gradients_and_products_against_autograd(setting):
     problem, data = made(**setting)
     x, ids = problem.start() * 3, torch.arange(problem.n)
@@ -90,6 +92,55 @@ def test_combinations_of_rows_are_summed_in_order_in_float64(r, kind):
         for a in range(r):
             parts[a % 2] += np.float64(table[2, at + a]) * square[a]
         assert out.tobytes() == (parts[0] + parts[1]).tobytes()
+
+
+@pytest.mark.parametrize("r", [5, 17])
+def test_columns_come_in_pairs_and_are_transposed_in_blocks(r):
+    """Bit for bit, as the same sums one at a time and rounded to float32 last; nothing else is written."""
+    rng = np.random.default_rng(r)
+    table, rows, square = rng.normal(size=(9, 2 * r)), rng.normal(size=(2, r)), rng.normal(size=(r, r))
+    values, index = rng.normal(size=14).astype(np.float32), rng.integers(0, 9, 7).astype(np.int32)
+    shared, unit = rng.normal(size=(2, 2 * r)), (0,) * r
+
+    @njit
+    def together(lo, hi, lines, out, side):
+        gathered_two(values, index, lo, hi, table, lines, unit)
+        columns_two(values, index, lo, hi, table, rows, square, 0.3, shared, out, 1, side, unit)
+
+    @njit
+    def plain(q, lo, hi, line, product):
+        gathered(values[q::2].copy(), index, lo, hi, table, line, unit)
+        times(rows[q], 0, square, product, unit)
+
+    @njit
+    def turn(block, out, stride):
+        turned(block, out, 2, stride, unit)
+
+    @njit
+    def add(row, total):
+        squared(row, total, unit)
+
+    for lo, hi in ((0, 7), (2, 5), (4, 4)):
+        lines, line, product = np.full((2, 2 * r), np.nan), np.empty(2 * r), np.empty(r)
+        out, side = np.full(2 * r + 2, 7, np.float32), np.full((2, padded(r)), 7, np.float32)
+        together(lo, hi, lines, out, side)
+        for q in range(2):
+            plain(q, lo, hi, line, product)
+            assert lines[q].tobytes() == line.tobytes()
+            first = 0.3 * (product - line[:r]) + shared[q, :r]
+            assert out[1 + q * r : 1 + q * r + r].tobytes() == first.astype(np.float32).tobytes()
+            assert side[q, :r].tobytes() == (0.3 * line[r:] + shared[q, r:]).astype(np.float32).tobytes()
+        assert out[0] == out[-1] == 7
+        assert (side[:, r:] == 7).all()
+    block, stride = rng.normal(size=(BLOCK, padded(r))).astype(np.float32), BLOCK + 3
+    out = np.full(r * stride + 2, 7, np.float32)
+    turn(block, out, stride)
+    expected = np.full((r, stride), 7, np.float32)
+    expected[:, :BLOCK] = block[:, :r].T
+    assert out.tobytes() == np.concatenate([[7, 7], expected.ravel()]).astype(np.float32).tobytes()
+    total = square.copy()
+    add(table[3], total)
+    assert total.tobytes() == (square + table[3, :r, None] * table[3, None, :r]).tobytes()
 
 
 @pytest.mark.parametrize("threads", [1, 2])

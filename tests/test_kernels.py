@@ -476,7 +476,7 @@ def test_long_rotations_on_any_number_of_threads(power):
 @pytest.mark.parametrize("d", [257, 300, 511, 513, 4_099, 8_191, 65_537, 131_071, 200_001, 263_000])
 def test_overlapping_rotations_on_any_number_of_threads(d):
     """An overlap of one coordinate and of nearly all, from one leaf to passes over memory, at any alignment."""
-    v = Inputs(1 + (d < 2**16), d, 1.0)
+    v = Inputs(1 + (d < 2**18), d, 1.0)
     y, back = reference.rotate(v.u, [v.private, v.tie]), reference.rotate_back(v.u, [v.private, v.tie])
     threads = torch.get_num_threads()
     try:

@@ -13,7 +13,9 @@ from dataclasses import replace
 import pytest
 from test_cli import shoal  # noqa: F401  (a fixture)
 
+from shoal.core import Method
 from shoal.errors import ConfigError
+from shoal.experiments.expressions import known_names, parse
 from shoal.experiments.grid import Grid
 from shoal.experiments.reproduce import REPRODUCTIONS, Outcome, load_findings, reproduce
 from shoal.experiments.reproduce.cq_checks import gain, limit, stable, trajectory_errors
@@ -21,6 +23,7 @@ from shoal.experiments.reproduce.cq_quadratics import CQ, IQ, SHARED, better
 from shoal.experiments.reproduce.study import Ratio, above, bits, curvature, interval, ratio, where
 from shoal.experiments.sweep import table
 from shoal.problems import Quadratics
+from shoal.theory import Constant, Setting, Smoothness
 
 
 def runs(*spent: float, stopped: str = "target", **fields: object) -> list[dict]:
@@ -120,7 +123,27 @@ def test_the_autoencoder_needs_its_folder_but_not_quick(shoal, tmp_path):  # noq
     assert "holds no train-images" in shoal("reproduce", "permk-autoencoder", "--data", ".").error
     grids = REPRODUCTIONS["permk-autoencoder"].grids(True, [])
     assert {grid.run["problem.data"] for grid in grids} == {"mushrooms"}
-    assert [grid.run["problem.similarity"] for grid in grids] == [0.0, 1.0]
+    assert [grid.run["problem.similarity"] for grid in grids] == [0.0] * 3 + [1.0] * 3
+
+
+def test_the_autoencoders_steps_at_1000_clients_leave_out_what_cannot_arrive(tmp_path, monkeypatch):
+    """They begin at a quarter of 1/L_-, theory's own apart, and end where gradient descent would diverge."""
+    monkeypatch.setattr("shoal.experiments.reproduce.study.target", lambda problem, relative: 1.0)
+    whole = [point for grid in REPRODUCTIONS["permk-autoencoder"].grids(False, [tmp_path]) for point in grid.points()]
+    assert len(whole) == 5 * 3 * 8 * 3
+    grids = REPRODUCTIONS["permk-autoencoder-1000"].grids(False, [tmp_path])
+    points = [point for grid in grids for point in grid.points()]
+    assert len(points) == 5 * (5 + 5 + 5)
+    for far in (0.0, 0.17):  # L_± / L_-, as measured for p-hat = 1 and 0
+        one = Constant(1.0, "estimate")
+        constants = Smoothness(minus=one, plus=one, pm=Constant(far, "estimate"), tilde=one, max=one)
+        for name in ("PermK", "RandK", "TopK"):
+            mine = [point for point in points if name in point.method and point.problem.similarity == 0.0]
+            gamma = parse(mine[0].method, known_names(), Method).step_size(Setting(1000, 25088, constants)).gamma
+            tried = sorted(gamma * point.multiple for point in mine)
+            assert 1.9 < tried[-1] < 17
+            assert (tried[0] if name == "PermK" and far == 0.0 else tried[1]) < (1.1 if name == "PermK" else 0.6)
+            assert name == "TopK" or tried[0] == gamma
 
 
 def test_a_report_says_what_was_seen_of_the_constants(tmp_path):

@@ -124,6 +124,14 @@ def test_there_and_back(d):
         assert torch.equal(alone, y[3:4]), "a row sees its own slot alone"
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_no_rows(shared):
+    """What a process without clients has."""
+    code, rnd = Rotated(RandK(3), shared), Round.full(0, 0, 3).rows(slice(0, 0))
+    for d in (5, 64, 300):
+        assert code.decode(code.encode(torch.zeros(0, d), rnd), rnd).shape == (0, d)
+
+
 @pytest.mark.parametrize("d", [1, 2, 64, 1024])
 def test_a_power_of_two_takes_one_transform(d):
     """That of the padded rotations, of which nothing is padding then."""

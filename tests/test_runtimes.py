@@ -12,9 +12,11 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,8 +27,10 @@ from shoal.compressors import Correlated, RandK, TopK
 from shoal.core import Method, Problem
 from shoal.descents import Step
 from shoal.errors import NonFiniteError
+from shoal.experiments.run import simulate
 from shoal.messages import Messages, Round, Rows
 from shoal.methods import DCGD, EF21, GD, Diana, Marina
+from shoal.problems import Classification
 from shoal.runtimes import Local, rounds
 from shoal.runtimes.rounds import Watch, chunks
 from shoal.runtimes.signals import SIZE
@@ -47,7 +51,7 @@ def test_chunks_cover_all_rows():
     for m, d, chunk in ((5, 12, None), (5, 12, 1), (5, 12, 3), (5, 12, 9), (7, 2**21, None), (3, 2**30, None)):
         parts = chunks(m, d, chunk)
         assert [i for part in parts for i in range(part.start, part.stop)] == list(range(m))
-    assert len(chunks(7, 2**21)) == 4, "2 clients are 2^22 coordinates"
+    assert len(chunks(7, 2**19)) == 4, "2 clients are 2^20 coordinates"
 
 
 @every
@@ -238,6 +242,23 @@ def test_ranks_are_the_simulator_bit_for_bit(world, hosted, step):
     signal = SIZE + len("messages of Dense(), d=12, torch.uint8")
     assert found["moved"] == [2 * (hosted[0] * (48 + HEADER) + signal) * (world - 1)] * world
     assert world == 1 or all(f"{world} ranks for n={world - 1}" in said for said in found["refused"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_keeps_no_other_clients_data(rank):
+    """Once the constants are known; the first rank answers for the whole problem."""
+    whole, gone = Classification.load("mushrooms", n=5), []
+    known, handed = weakref.ref(whole), [whole]
+    del whole
+
+    def opened(config):
+        gone.append(known() is None)
+        raise NonFiniteError("enough")
+
+    channel = SimpleNamespace(rank=rank, n=5, clients=torch.arange(2) + rank, open=opened)
+    with pytest.raises(NonFiniteError, match="enough"):
+        simulate(handed.pop(), "Marina(PermK())", rounds=2, channel=channel)
+    assert gone == [rank > 0]
 
 
 def test_problems_hold_only_what_a_rank_needs():

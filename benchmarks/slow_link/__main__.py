@@ -54,14 +54,15 @@ def options() -> argparse.Namespace:
     parser.add_argument("--way", action="append", help=f"float32, fp16, PowerSGD(rank), or a compressor of {OURS} ...")
     parser.add_argument("--data", default="", help="a folder of MNIST's files")
     parser.add_argument("--accuracy", type=float, default=0.97, help="of mnist (default 0.97)")
+    parser.add_argument("--batch", type=int, default=16, help="images a rank in a step of mnist (default 16)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all rows, the machine and the versions")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw the table: .png, .pdf or .svg")
     chosen = parser.parse_args()
     why = missing()
     if why is not None:
         parser.error(f"{why}.")
-    if chosen.ranks < 2 or chosen.repeat < 1 or min(chosen.rate) <= 0 or chosen.delay < 0:
-        parser.error("at least two ranks and one repetition, rates above 0 and no negative delay.")
+    if chosen.ranks < 2 or min(chosen.repeat, chosen.batch) < 1 or min(chosen.rate) <= 0 or chosen.delay < 0:
+        parser.error("at least two ranks, one repetition and one image, rates above 0 and no negative delay.")
     jobs = chosen.job or ["exchange", "step", *(["mnist"] if chosen.data else [])]
     if "mnist" in jobs and not chosen.data:
         parser.error("--job mnist needs --data, a folder of MNIST's files.")
@@ -111,7 +112,7 @@ def _watch(started: list[subprocess.Popen[str]]) -> None:
 def measured(link: Link, job: str, chosen: argparse.Namespace) -> Iterator[Found]:
     """One row a way, as they come."""
     with links(chosen.ranks, link) as places:
-        task = Task(job, ways(job, chosen), chosen.repeat, places[0].device, chosen.data, chosen.accuracy)
+        task = Task(job, ways(job, chosen), chosen.repeat, places[0].device, chosen.data, chosen.accuracy, chosen.batch)
         for line in said(places, [sys.executable, "-m", "benchmarks.slow_link.work", json.dumps(asdict(task))]):
             yield Found(**json.loads(line))
 

@@ -27,7 +27,7 @@ from shoal.core import Compressor
 from shoal.experiments.expressions import known_names, parse
 from shoal.runtimes.reduce import Link
 
-BATCH, RATE, MOMENTUM = 32, 0.05, 0.9  # a rank's minibatch; SGD's learning rate and momentum, the same for all
+RATE, MOMENTUM = 0.05, 0.9  # SGD's learning rate and momentum, the same for all
 LOOK = 10  # steps between two looks at the test images, which the clock does not see
 WIDE = 1280  # four layers of 1280 x 1280 are 25 MiB of gradients
 
@@ -42,6 +42,7 @@ class Task:
     device: str  # whose bytes are counted
     data: str = ""
     goal: float = 0.97
+    batch: int = 16  # a rank's images in a step of mnist
     steps: int = 1200  # of mnist, at most
     seconds: float = 600.0  # of a way of mnist, at most
 
@@ -180,7 +181,7 @@ def train(way: str, task: Task) -> Found:
         for k in range(task.steps):
             dist.barrier()
             began = time.perf_counter()
-            some = torch.randint(len(labels), (BATCH,), generator=order)
+            some = torch.randint(len(labels), (task.batch,), generator=order)
             optimizer.zero_grad()
             loss(model(images[some]), labels[some]).backward()
             optimizer.step()

@@ -18,9 +18,10 @@ from rich.table import Table
 from shoal.cli.options import ChannelKind, With, app, err_console, given, out_console
 from shoal.core import Compressor
 from shoal.errors import ConfigError
-from shoal.experiments.advise import DEFAULTS, Advice, Line, advice, measured_line
+from shoal.experiments.advise import DEFAULTS, Advice, advice
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import versions, write_json
+from shoal.experiments.line import Line, measured_line
 from shoal.experiments.timing import machine_line
 from shoal.experiments.workload import BUILT_IN, Tell, Workload, assumed, found, measured
 from shoal.runtimes.group import group
@@ -77,17 +78,17 @@ def advise(
     make, stretch = channel_of(channel or "auto"), _stretch(cores_per_rank)
     setup = None if model is None else found(model)
 
-    def work(tell: Tell) -> Workload:
+    def work(tell: Tell, peers: Peers | None) -> Workload:
         if setup is None:
             return assumed(numel or 0, (compute or 0.0) / 1e3)
-        return measured(setup, str(model), repeat, tell)
+        return measured(setup, str(model), repeat, tell, peers)
 
     with group() if inside else nullcontext(None) as peers, _bar(peers) as tell:
         if peers is not None:
             ranks = peers.world
             peers.handshake({"command": "advise", "model": model, "numel": numel, "compute": compute, "repeat": repeat,
                              "compressors": [compact(code) for code in codes]})  # fmt: skip
-        load = work(tell)
+        load = work(tell, peers)
         line = told or measured_line(_present(peers))
         result = advice(codes, load, ranks, line, make, stretch=stretch, repeat=repeat, peers=peers, tell=tell)
     if peers is None or peers.rank == 0:

@@ -123,14 +123,14 @@ def run(
     make, seconds, resuming = channel_given(channel, ranks), timeout_given(timeout, ranks), resume is not None
     if ranks and not replicated.started_by_torchrun():
         torch.set_num_threads(1)  # before anything computes: a fork has no threads but its own
-        objects = _check(spec, ranks, out, resuming)
+        objects = [_check(spec, ranks, out, resuming)]
         status = supervisor.launch(ranks, lambda: spoken(lambda: _run(spec, objects, out, resuming, make, seconds)))
         if status:
             raise SystemExit(status)
         _judge(load_result(out) or {}, spec)
         return
     with err_console.status(f"reading {escape(spec.problem.name)}"):
-        objects = _objects(spec)
+        objects = [_objects(spec)]
     _run(spec, objects, out, resuming, make, seconds)
 
 
@@ -161,9 +161,14 @@ def _check(spec: RunSpec, ranks: int, out: Path, resuming: bool) -> tuple[Any, M
     return problem, method
 
 
-def _run(spec: RunSpec, objects: tuple[Any, Method], out: Path, resuming: bool, make: Make, timeout: float) -> None:
+def _run(
+    spec: RunSpec, objects: list[tuple[Any, Method]], out: Path, resuming: bool, make: Make, timeout: float
+) -> None:
+    """The run of `objects`, which are taken out: on a rank of several nobody else may hold the others' data."""
     torch.set_num_threads(1)
-    problem, method = objects
+    problem, method = objects.pop()
+    n, handed = problem.n, [problem]
+    del problem
     stored = json.loads(spec.model_dump_json())
     options: dict[str, Any] = {
         "rounds": spec.rounds, "bits": spec.bits, "target": spec.target, "seed": spec.seed, "step": spec.step,
@@ -172,10 +177,10 @@ def _run(spec: RunSpec, objects: tuple[Any, Method], out: Path, resuming: bool, 
     }  # fmt: skip
     if replicated.started_by_torchrun():
         config = stored | {"versions": versions()}
-        with Attempts(lambda still: replicated.connected(problem.n, config, make, timeout, still), timeout) as attempts:
+        with Attempts(lambda still: replicated.connected(n, config, make, timeout, still), timeout) as attempts:
             first = attempts.channel.rank == 0
             try:
-                run = simulate(problem, method, attempts=attempts, out=out, resume=resuming, **options)
+                run = simulate(handed.pop(), method, attempts=attempts, out=out, resume=resuming, **options)
             except KeyboardInterrupt:
                 if first:
                     _interrupted(out)
@@ -193,7 +198,7 @@ def _run(spec: RunSpec, objects: tuple[Any, Method], out: Path, resuming: bool, 
     with Progress(*columns, TimeElapsedColumn(), console=err_console, transient=True) as bar:
         task = bar.add_task("finding constants, compiling where needed", total=1.0, norm="")
         try:
-            run = simulate(problem, method, out=out, resume=resuming, record=_follow(bar, task, spec), **options)
+            run = simulate(handed.pop(), method, out=out, resume=resuming, record=_follow(bar, task, spec), **options)
         except KeyboardInterrupt:
             bar.stop()
             _interrupted(out)

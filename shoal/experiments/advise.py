@@ -9,30 +9,25 @@ bucket by bucket; float32 is gloo's ring, as DistributedDataParallel uses it. do
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from shoal.core import DENSE, Compressor
 from shoal.errors import ConfigError
 from shoal.experiments.expressions import compact
+from shoal.experiments.line import Line, shared
 from shoal.experiments.measurement import stated
 from shoal.experiments.workload import Bucket, Tell, Workload
 from shoal.messages import Round
 from shoal.runtimes.peers import Peers
 from shoal.runtimes.ranks import Make
 from shoal.runtimes.reduce import feedback_of, reduce
-from shoal.runtimes.rehearsal import Rehearsed, Step, rehearsed
+from shoal.runtimes.rehearsal import Rehearsed, Step, median, rehearsed
 
-PAYLOAD = (
-    1448 / 1514
-)  # of an Ethernet frame with the usual 1500 bytes, TCP's and IP's headers and TCP's timestamps left
-SEGMENT = 1 << 20  # bytes: the longest piece of gloo's all-reduce
 WORTH = 1.05  # times shorter: less than that is no reason to compress
 NEAR = 1.2  # times as long as the shortest step: among those the least error is named
 SLOWEST, FASTEST = 1e-2, 1e6  # Mbit/s between which a break-even is looked for
@@ -40,82 +35,6 @@ DEFAULTS = (
     "Correlated()", "Correlated(levels=9)", "Rotated(Correlated())", "QSGD(7)", "Drive(numerical=True)",
     "Eden(2, numerical=True)", "TopK(0.01)",
 )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------ the link
-@dataclass(frozen=True)
-class Line:
-    """A rank's line: bytes of payload a second in each direction, and seconds one way."""
-
-    rate: float
-    latency: float
-
-    @staticmethod
-    def told(bandwidth: float, latency: float) -> Line:
-        """Of `bandwidth` Mbit/s and `latency` ms. Raises ConfigError unless the first is positive, the second not
-        negative."""
-        if not 0 < bandwidth < float("inf") or not 0 <= latency < float("inf"):
-            raise ConfigError(
-                f"--bandwidth {bandwidth:g} --latency {latency:g}: Mbit/s above 0, and milliseconds, 0 or more."
-            )
-        return Line(bandwidth * 1e6 / 8 * PAYLOAD, latency / 1e3)
-
-    @property
-    def bandwidth(self) -> float:
-        """Mbit/s, with the headers of frames."""
-        return self.rate * 8 / 1e6 / PAYLOAD
-
-    def ring(self, pieces: int, nbytes: float) -> float:
-        """Seconds until a rank has sent, and got, an even number of pieces, nbytes together, of which two are under
-        way at a time: a piece goes out when the one before it is out and the second before it has come in."""
-        piece = nbytes / pieces / self.rate
-        return (pieces / 2 - 1) * max(2 * piece, piece + self.latency) + 2 * piece + self.latency
-
-    def all_reduce(self, world: int, nbytes: float) -> float:
-        """Of gloo: a ring that adds up, then one that hands round, in pieces of at most 1 MiB, two or more a rank."""
-        segments = max(2, int(-(-nbytes // (world * SEGMENT))))
-        return 2 * self.ring((world - 1) * segments, nbytes * (world - 1) / world) if world > 1 else 0.0
-
-    def seconds(self, step: Step, world: int) -> float:
-        """Of one exchange of a channel."""
-        if step.kind == "ring":
-            return self.ring(2 * (world - 1), step.nbytes)
-        return self.latency + step.nbytes / self.rate
-
-
-def measured_line(peers: Peers, repeat: int = 5) -> Line:
-    """The line between these ranks, from all-gathers of two sizes: medians, of the slowest rank. Collective.
-
-    A few bytes travel in the signals: one latency. Many go behind them, and take one more for every rank that they
-    pass; their number grows until it takes half a second, or 16 MiB a rank.
-    """
-    others = peers.world - 1
-    if others < 1:
-        raise ConfigError("one rank has no line: start at least two, or give --ranks, --bandwidth and --latency.")
-    size, latency = 1 << 16, _all_gather(peers, 64, repeat)
-    slow = _all_gather(peers, size, 1)
-    while slow < 0.5 and size < 1 << 24:
-        size *= 4
-        slow = _all_gather(peers, size, 1)
-    slow = _all_gather(peers, size, repeat)
-    return Line(others * size / max(slow - (others + 1) * latency, 1e-6), latency)
-
-
-def _all_gather(peers: Peers, size: int, repeat: int) -> float:
-    mine, taken = torch.zeros(size, dtype=torch.uint8), []
-    for _ in range(repeat + (repeat > 1)):
-        peers.barrier()
-        began = time.perf_counter()
-        peers.all(mine, "bytes to time the link")
-        taken.append(time.perf_counter() - began)
-    return slowest(peers, float(np.median(taken[repeat > 1 :])))
-
-
-def slowest(peers: Peers | None, seconds: float) -> float:
-    """The most that any rank says. Collective."""
-    if peers is None:
-        return seconds
-    return max(float(said) for said in peers.all(torch.tensor([seconds], dtype=torch.float64), "seconds"))
 
 
 # ------------------------------------------------------------------------------------------------ one way
@@ -169,8 +88,8 @@ def compressed(
 ) -> Way:
     """What `shoal.ddp.attach` does with this compressor, rehearsed `repeat` times after one that is not counted.
 
-    Under `peers` every rank rehearses at the same time, and the slowest counts. Raises ConfigError where the compressor
-    does not fit a bucket.
+    Under `peers` every rank rehearses at the same time, and `line.shared` counts. Raises ConfigError where the
+    compressor does not fit a bucket.
     """
     name = compact(code)
     feedback = feedback_of(code, None, name)
@@ -181,7 +100,7 @@ def compressed(
         if peers is not None:
             peers.barrier()  # behind the first: what one rank still compiles or loads would cost the others' cores
         # Results are not kept: the next rehearsal takes their memory, as the next step of a training does.
-        codec = slowest(peers, float(np.median([rehearsed(world, play).seconds for _ in range(repeat)])))
+        codec = shared(peers, median([rehearsed(world, play).spent for _ in range(repeat)]))
         parts.append(Part(codec, done.steps, done.moved))
         if bucket.coded:
             error, size, bound, sure = _errors(code, world, [u for u, _ in rows], done)
@@ -197,20 +116,22 @@ def _played(
     code: Compressor, feedback: bool, world: int, make: Make, bucket: Bucket, rows: Sequence[tuple[Tensor, Tensor]]
 ) -> Callable[[Peers], Tensor]:
     """One bucket as `shoal.ddp` exchanges it; the mean of what was compressed comes back."""
+    into = torch.empty(bucket.coded + bucket.plain)  # DistributedDataParallel's
 
     def play(peers: Peers) -> Tensor:
         channel, me = make(world, bytes(8), peers), torch.tensor([peers.rank])
         rnd, (u, plain) = Round.full(0, 0, world, me), rows[peers.rank % len(rows)]
         if not bucket.coded:
-            return reduce(channel, DENSE, plain, rnd).mean
+            return into.copy_(reduce(channel, DENSE, plain, rnd).mean)
         if feedback:
             u = u + torch.zeros_like(u)
         done = reduce(channel, code, u, rnd, fit=bool(torch.isfinite(plain).all()))
         if feedback:
             code.decode(done.sent, done.rnd)[0].sub_(u)
         if bucket.plain:
-            channel.mean(DENSE.encode(plain[None], rnd), DENSE, rnd)
-        return done.mean
+            into[bucket.coded :] = channel.mean(DENSE.encode(plain[None], rnd), DENSE, rnd)
+        into[: bucket.coded] = done.mean
+        return into[: bucket.coded]
 
     return play
 

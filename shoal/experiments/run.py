@@ -293,7 +293,7 @@ def simulate(
     rounds, bits (uplink payload bits a client): the budget, at least one of them. target: stop at ||grad f||^2 <= it
     (with f no higher than at the start, see `arrived`).
     step: "theory" or a number; multiple: times that. pl: the PL theorem's step size. every: measure every so many
-    rounds. chunk: clients at a time (default: what keeps temporaries at 16 MiB). out: a run folder, checkpointed every
+    rounds. chunk: clients at a time (default: what keeps temporaries at 4 MiB). out: a run folder, checkpointed every
     five seconds and on Ctrl-C; resume=True goes on from there, on as many processes as there are now, and ends at the
     identical iterate. record: called with each row. channel: where messages go (default: `Local`); every process gives
     the same arguments, and the first one writes rows and result. attempts: channels that follow one another as ranks
@@ -331,6 +331,8 @@ def simulate(
     whole, rows, faults, trail = problem, list[Row](), list[dict[str, Any]](), Trail()
     if shaken is not None:
         problem = whole.only(channel.clients)
+        if channel.rank > 0:
+            whole = problem  # the others' data can go; the first rank says what the whole problem is
     memory: Memory | None = None
     interrupts = Interrupts()
 

@@ -24,8 +24,11 @@ from torch import Tensor, nn
 
 from shoal.errors import ConfigError
 from shoal.experiments.expressions import module_of
+from shoal.experiments.line import shared
 from shoal.experiments.timing import normal_rows
 from shoal.problems.networks import resnet18, small_cnn
+from shoal.runtimes.peers import Peers
+from shoal.runtimes.rehearsal import Spent, median
 
 FIRST, CAP = 1 << 20, 25 << 20  # bytes: DistributedDataParallel's defaults
 BACKWARD = 2 / 3  # of a step, where nobody measured it: the gradients of inputs and of weights cost a forward each
@@ -158,50 +161,84 @@ def _built(setup: Callable[[], Any], name: str) -> tuple[nn.Module, Callable[[],
     return made[0], made[1], made[2] if len(made) == 3 else None
 
 
-def measured(setup: Callable[[], Any], name: str, repeat: int, tell: Tell) -> Workload:
+class Flat:
+    """Gradients as DistributedDataParallel handles them: each is copied into its bucket when it is there, and all of
+    them back when the backward pass is over."""
+
+    def __init__(self, held: Sequence[nn.Parameter]) -> None:
+        self.held, sizes = held, [p.numel() for p in held]
+        self.groups = filled(sizes)
+        order = [i for group in self.groups for i in sorted(group, key=lambda i: sizes[i] < MIN_NUMEL)]
+        self.whole = torch.empty(sum(sizes))
+        places = dict(zip(order, self.whole.split([sizes[i] for i in order]), strict=True))
+        self.views = [places[i].view_as(p) for i, p in enumerate(held)]
+        self.when: dict[int, float] = {}  # a parameter's number -> the clock when its gradient was in the bucket
+        self._hooks = [p.register_post_accumulate_grad_hook(self._noting(i)) for i, p in enumerate(held)]
+
+    def _noting(self, i: int) -> Callable[[Tensor], None]:
+        def note(p: Tensor) -> None:
+            assert p.grad is not None
+            self.views[i].copy_(p.grad)
+            self.when[i] = time.perf_counter()
+
+        return note
+
+    def begin(self) -> None:
+        """In front of a step."""
+        self.when.clear()
+        for p in self.held:
+            p.grad = None
+
+    def back(self) -> None:
+        """Behind a backward pass in which every parameter got a gradient."""
+        for p, view in zip(self.held, self.views, strict=True):
+            assert p.grad is not None
+            p.grad.copy_(view)
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def measured(setup: Callable[[], Any], name: str, repeat: int, tell: Tell, peers: Peers | None = None) -> Workload:
     """Steps of the model that `setup` builds: medians of `repeat` of them, after two that are not counted.
+
+    Under `peers` all ranks take their steps at the same time, and `line.shared` counts.
 
     Raises ConfigError for what is not a model (see the module), a loss that is no number, and parameters that get no
     gradient.
     """
     model, loss, optimizer = _built(setup, name)
     held = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
-    when: dict[int, float] = {}
-    hooks = [p.register_post_accumulate_grad_hook(_noting(i, when)) for i, (_, p) in enumerate(held)]
-    taken, gradients = list[tuple[list[float], float, float]](), list[Tensor]()
-    sizes = [p.numel() for _, p in held]
-    groups = filled(sizes)
-    order = [i for group in groups for i in sorted(group, key=lambda i: sizes[i] < MIN_NUMEL)]
+    flat, gradients = Flat([p for _, p in held]), list[Tensor]()
+    when, computed, updated = list[list[float]](), list[Spent](), list[Spent]()
     for k in range(WARM + repeat):
         tell(f"{name}: step {k + 1} of {WARM + repeat}", k / (WARM + repeat))
-        for _, p in held:
-            p.grad = None
-        when.clear()
-        began = time.perf_counter()
+        flat.begin()
+        if peers is not None:
+            peers.barrier()
+        began = Spent.now()
         _backward(loss, name)
-        middle = time.perf_counter()
-        missing = [held[i][0] for i in range(len(held)) if i not in when]
+        missing = [held[i][0] for i in range(len(held)) if i not in flat.when]
         if missing:
             raise ConfigError(f"{name}: {', '.join(missing[:3])} got no gradient: use them, or requires_grad_(False).")
-        gradients.append(torch.cat([held[i][1].grad.flatten() for i in order]))  # type: ignore[union-attr]
-        ended = time.perf_counter()
+        flat.back()
+        middle = Spent.now()
         if optimizer is not None:
             optimizer.step()
-        taken.append(([when[i] - began for i in range(len(held))], middle - began, time.perf_counter() - ended))
+        updated.append(Spent.now().since(middle))
+        computed.append(middle.since(began))
+        when.append([flat.when[i] - began.wall for i in range(len(held))])
+        gradients.append(flat.whole.clone())
         del gradients[:-ROWS]
-    for hook in hooks:
-        hook.remove()
-    ready = np.median([times for times, *_ in taken[WARM:]], axis=0)
-    compute, update = (float(np.median([row[i] for row in taken[WARM:]])) for i in (1, 2))
-    buckets = [_bucket([sizes[i] for i in group], max(float(ready[i]) for i in group)) for group in groups]
+    flat.close()
+    mine = median(computed[WARM:])
+    compute, update = shared(peers, mine), shared(peers, median(updated[WARM:]))
+    ready = compute / mine.wall * np.median(when[WARM:], axis=0)  # of the slowest rank
+    sizes = [p.numel() for _, p in held]
+    buckets = [_bucket([sizes[i] for i in group], max(float(ready[i]) for i in group)) for group in flat.groups]
     return Workload(name, compute, update if optimizer is not None else 0.0, tuple(buckets), tuple(gradients))
-
-
-def _noting(i: int, when: dict[int, float]) -> Callable[[Tensor], None]:
-    def note(_: Tensor) -> None:
-        when[i] = time.perf_counter()
-
-    return note
 
 
 def _backward(loss: Callable[[], Tensor], name: str) -> None:

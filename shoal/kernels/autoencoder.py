@@ -7,8 +7,9 @@ R = D'D, r numbers each, all that the rows give is
     grad_E / (2 weight) = sum (R z - y) a',
 
 so that the rows may be sparse: a nonzero costs 4 r multiplications. They are held twice, by rows for z and y and by
-columns for the sums over a. A client's sums run in one order, in float64 and on one thread, and nothing else enters:
-its numbers have the same bits whatever other clients stand beside it. Derivation: docs/derivations/autoencoder.md.
+pairs of columns for the sums over a: neighboring pixels are mostly nonzero together, and a pair reads z once. A
+client's sums run in one order, in float64 and on one thread, and nothing else enters: its numbers have the same bits
+whatever other clients stand beside it. Derivation: docs/derivations/autoencoder.md.
 """
 
 from __future__ import annotations
@@ -16,11 +17,19 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from shoal.kernels.cpu.combinations import gathered, times
+from shoal.kernels.cpu.combinations import BLOCK, columns_two, gathered, gathered_two, squared, times, turned
 
 __all__ = ["gradients", "products"]
 
 # `unit` is (0,) * r everywhere: a tuple's length is known when the loops are compiled, and they are unrolled by it.
+
+
+@njit(cache=True, nogil=True)
+def _aligned(rows, columns, zero):
+    """(rows, columns) of the type of `zero`, from a line of the cache on: else every register loaded touches two."""
+    whole = np.full(rows * columns + 16, zero)
+    first = (64 - whole.ctypes.data % 64) % 64 // whole.itemsize
+    return whole[first : first + rows * columns].reshape(rows, columns)
 
 
 @njit(cache=True, nogil=True)
@@ -80,19 +89,22 @@ def gradients(by_rows, by_columns, spans, squares, blocks, x, weight, lam, value
     i in lo..hi-1.
 
     by_rows = (data, index, indptr): the rows a, of client b those from spans[b] to spans[b + 1]. by_columns = (data,
-    row within the client, indptr): entry b p + j of indptr begins column j of client b. squares[b] = sum a'a over its
-    rows. x is the flat (D, E) in float32. values (m,) float64 and rows (m, 2 p r) float32 are written.
+    row within the client, indptr): two columns side by side, a row of two numbers where either of them is not zero;
+    entry b ceil(p / 2) + j of indptr begins columns 2 j and 2 j + 1 of client b. squares[b] = sum a'a over its rows. x
+    is the flat (D, E) in float32. values (m,) float64 and rows (m, 2 p r) float32 are written.
     """
     r = len(unit)
     p = x.size // (2 * r)
     data, index, indptr = by_rows
     cdata, cindex, cindptr = by_columns
-    table = np.empty((p, 2 * r), np.float32)  # half the memory traffic of float64, and exact: x is float32
+    even = p + p % 2
+    table = _aligned(p, 2 * r, np.float32(0))  # half the memory traffic of float64, and exact: x is float32
     _fill(table, x, unit)
-    R, shared = _inner(table, table, r, unit), np.empty((p, 2 * r))
+    R, shared, decoder = _inner(table, table, r, unit), _aligned(even, 2 * r, 0.0), _aligned(even, r, 0.0)
     regularizer = _regularizer(table, R, lam, shared, unit)
-    longest = _longest(spans, blocks[lo:hi])
-    T, S, line, side = np.empty((longest, 2 * r)), np.empty((r, r)), np.empty(2 * r), np.empty(r)
+    decoder[:p] = table[:, r:]
+    T, S, side = _aligned(_longest(spans, blocks[lo:hi]), 2 * r, 0.0), _aligned(r, r, 0.0), np.empty(r)
+    block, last = _aligned(BLOCK, -(-r // BLOCK) * BLOCK, np.float32(0)), np.empty(2 * r, np.float32)
     for i in range(lo, hi):
         first, total = spans[blocks[i]], squares[blocks[i]]
         S[:] = 0.0
@@ -100,20 +112,24 @@ def gradients(by_rows, by_columns, spans, squares, blocks, x, weight, lam, value
             start, end, t = indptr[row], indptr[row + 1], T[row - first]
             gathered(data, index, start, end, table, t, unit)  # z and y
             times(t, 0, R, side, unit)
+            squared(t, S, unit)
             for a in range(r):
-                v = t[a]
-                total += v * (side[a] - 2.0 * t[r + a])
+                total += t[a] * (side[a] - 2.0 * t[r + a])
                 t[r + a] = side[a] - t[r + a]
-                for b in range(r):
-                    S[a, b] += v * t[b]
         values[i] = weight * total + regularizer
-        for j in range(p):
-            at = blocks[i] * p + j
-            gathered(cdata, cindex, cindptr[at], cindptr[at + 1], T, line, unit)
-            times(table[j], r, S, side, unit)
+        out = rows[i]
+        for j in range(0, p, 2):
+            at, k = (blocks[i] * even + j) // 2, j % BLOCK
+            pairs = cdata, cindex, cindptr[at], cindptr[at + 1]
+            to, start = (out, j * r) if j + 1 < p else (last, 0)
+            columns_two(*pairs, T, decoder[j], S, 2.0 * weight, shared[j], to, start, block[k], unit)
+            if k == BLOCK - 2 and j + 1 < p:
+                turned(block, out, p * r + j - k, p, unit)
+        if p % 2 == 1:
+            out[(p - 1) * r : p * r] = last[:r]
+        for j in range(p - p % BLOCK, p):
             for c in range(r):
-                rows[i, j * r + c] = 2.0 * weight * (side[c] - line[c]) + shared[j, c]
-                rows[i, p * r + c * p + j] = 2.0 * weight * line[r + c] + shared[j, r + c]
+                out[p * r + c * p + j] = block[j % BLOCK, c]
 
 
 @njit(cache=True, nogil=True)
@@ -131,7 +147,7 @@ def products(by_rows, by_columns, spans, blocks, x, V, weight, lam, rows, unit, 
     _fill(table, x, unit)
     R, Q = _inner(table, table, r, unit), _inner(table, table, 0, unit)
     T, z = np.empty((_longest(spans, blocks[lo:hi]), 2 * r)), np.empty(2 * r)
-    line, side, other = np.empty(2 * r), np.empty(r), np.empty(r)
+    lines, side, other = np.empty((2, 2 * r)), np.empty(r), np.empty(r)
     half = 0.5 * lam / weight
     for i in range(lo, hi):
         _fill(moving, V[i if len(V) > 1 else 0], unit)
@@ -151,8 +167,10 @@ def products(by_rows, by_columns, spans, blocks, x, V, weight, lam, rows, unit, 
                     S[a, b] += z[a] * z[b]
                     U[a, b] += t[a] * z[b] + z[a] * t[b]
         for j in range(p):
-            at = blocks[i] * p + j
-            gathered(cdata, cindex, cindptr[at], cindptr[at + 1], T, line, unit)
+            line = lines[j % 2]
+            if j % 2 == 0:
+                at = (blocks[i] * (p + p % 2) + j) // 2
+                gathered_two(cdata, cindex, cindptr[at], cindptr[at + 1], T, lines, unit)
             times(moving[j], r, S, side, unit)
             times(table[j], r, U, other, unit)
             for c in range(r):

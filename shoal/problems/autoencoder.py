@@ -19,13 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
+from scipy.sparse import bsr_array, csr_array
 from torch import Tensor
 
 from shoal import data, mnist, splits
 from shoal.core import Problem
 from shoal.errors import ConfigError, DataError
 from shoal.kernels import autoencoder as kernels
+from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.messages import Round, Rows, Vector
 from shoal.problems import hosting
@@ -115,7 +116,7 @@ class Autoencoder(Problem):
         slots = hosting.slots(self._table, clients)
         hosting.point(x, self.d)
         blocks, where = np.unique(self._which[slots], return_inverse=True)
-        values, rows = np.empty(len(blocks)), np.empty((len(blocks), self.d), np.float32)
+        values, rows = np.empty(len(blocks)), ready((len(blocks), self.d), np.float32)
         held = (self._squares, blocks, x.detach().numpy(), self._weight, self.lam, values, rows, self._unit)
         spread(kernels.gradients, (*self._data, *held), len(blocks), least=LEAST // self.d, pieces=1)
         if not np.array_equal(where, np.arange(len(blocks))):
@@ -170,14 +171,24 @@ class Autoencoder(Problem):
         """Client clients[s] has the rows blocks[which[s]]."""
         self.clients, self._which, self._blocks = clients, which, blocks
         self._table = hosting.slot_table(self.n, clients)
-        columns = [block.tocsc() for block in blocks]
+        columns = [_paired(block) for block in blocks]
         self._data = (_joined(blocks), _joined(columns), np.cumsum([0, *(block.shape[0] for block in blocks)]))
         self._squares = np.array([np.square(block.data, dtype=np.float64).sum() for block in blocks])
 
 
-def _joined(blocks: Sequence[csr_array]) -> tuple[NDArray, NDArray, Ids]:
+def _paired(block: csr_array) -> bsr_array:
+    """The block's columns in pairs, of which those rows are held in which either is not zero."""
+    rows, p = block.shape
+    turned = csr_array(block.T)
+    turned.resize(p + p % 2, rows)
+    pairs = turned.tobsr((2, 1))
+    pairs.sort_indices()  # the order of summation is part of the result
+    return pairs
+
+
+def _joined(blocks: Sequence[csr_array | bsr_array]) -> tuple[NDArray, NDArray, Ids]:
     """(data, index, indptr) of the compressed blocks one after the other; an index counts within its block."""
-    data = np.concatenate([np.empty(0, np.float32), *(block.data for block in blocks)])
+    data = np.concatenate([np.empty(0, np.float32), *(block.data.ravel() for block in blocks)])
     index = np.concatenate([np.empty(0, np.int32), *(block.indices for block in blocks)]).astype(np.int32)
     lengths = [np.diff(block.indptr) for block in blocks]
     return data, index, np.cumsum(np.concatenate([[0], *lengths])).astype(np.int64)

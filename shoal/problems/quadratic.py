@@ -168,8 +168,12 @@ class Quadratics(Problem):
         return right / bands[1] if self.d == 1 else solveh_banded(bands, right)
 
     def _mean_of_minima(self) -> float:
-        quarter, linear, _ = self._coefficients
-        # inf f_i = -linear_i^2 (A_i^-1)_11 / 2; equal nu_i share the solve.
-        distinct, which = np.unique(quarter, return_inverse=True)
-        corner = np.array([self._solve(float(q), 1.0)[0] for q in distinct])
-        return float((-0.5 * np.square(linear) * corner[which]).mean())
+        quarter, linear, shift = self._coefficients
+        # inf f_i = -linear_i^2 (A_i^-1)_11 / 2, and (A_i^-1)_11 = 1 / s_d where the pivots of A_i, from its last corner
+        # up, are s_1 = a, s_k = a - quarter_i^2 / s_{k-1}, a being its diagonal: all positive, as A_i is definite.
+        diagonal, square = 2.0 * quarter + shift, np.square(quarter)
+        pivot = diagonal.copy()
+        for _ in range(self.d - 1):
+            np.divide(square, pivot, out=pivot)
+            np.subtract(diagonal, pivot, out=pivot)
+        return float((-0.5 * np.square(linear) / pivot).mean())

@@ -7,6 +7,7 @@ it may go on. So nothing that is predicted from it has a formula of its own for 
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -31,13 +32,34 @@ class Step(NamedTuple):
     nbytes: int
 
 
+class Spent(NamedTuple):
+    """Seconds that something computed takes: by the clock, and of the CPU in all threads."""
+
+    wall: float
+    cpu: float
+
+    @staticmethod
+    def now() -> Spent:
+        """The clocks as they stand."""
+        return Spent(time.perf_counter(), time.process_time())
+
+    def since(self, began: Spent) -> Spent:
+        """What has passed from `began` to here."""
+        return Spent(self.wall - began.wall, self.cpu - began.cpu)
+
+
+def median(found: Sequence[Spent]) -> Spent:
+    """Of each clock's seconds."""
+    return Spent(statistics.median(one.wall for one in found), statistics.median(one.cpu for one in found))
+
+
 @dataclass(frozen=True)
 class Rehearsed:
-    """What rank 0 did: its exchanges in their order, the bytes it sent in all, and its seconds between them."""
+    """What rank 0 did: its exchanges in their order, the bytes it sent in all, and what it computed between them."""
 
     steps: tuple[Step, ...]
     moved: int
-    seconds: float
+    spent: Spent
     result: Any
 
 
@@ -50,7 +72,8 @@ class Stage:
     have brought to an exchange each of them plays up to there, one after the other."""
 
     def __init__(self, world: int, play: Callable[[Peers], Any]) -> None:
-        self.world, self.seconds, self.steps = world, 0.0, list[Step]()
+        self.world, self.steps = world, list[Step]()
+        self._apart = Spent(0.0, 0.0)  # what the others' parts took
         self._laid: list[list[Any]] = []
         self._go = [threading.Semaphore(0) for _ in range(world)]
         self._there = [threading.Semaphore(0) for _ in range(world)]
@@ -64,10 +87,10 @@ class Stage:
         for thread in self._threads:
             thread.start()
         peers = Seat(self, 0)
-        began = time.perf_counter()
+        began = Spent.now()
         try:
             result = self._play(peers)
-            spent = time.perf_counter() - began - self.seconds
+            spent = Spent.now().since(began).since(self._apart)
         finally:
             self._over = True
             for r in range(1, self.world):
@@ -90,7 +113,7 @@ class Stage:
 
     def meet(self, rank: int, number: int, mine: Any) -> list[Any]:
         """What every rank brings to the exchange of this number."""
-        began = time.perf_counter()
+        began = Spent.now()
         while len(self._laid) <= number:
             self._laid.append([None] * self.world)
         self._laid[number][rank] = mine
@@ -103,7 +126,8 @@ class Stage:
             if number > 1:
                 self._laid[number - 2] = []  # all have read it
             found = list(self._laid[number])
-            self.seconds += time.perf_counter() - began
+            passed = Spent.now().since(began)
+            self._apart = Spent(self._apart.wall + passed.wall, self._apart.cpu + passed.cpu)
             return found
         self._there[rank].release()
         self._go[rank].acquire()

@@ -11,29 +11,28 @@ the encoding between them the driver's business.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from shoal import kernels
 from shoal.core import Channel, Compressor, Descent, Event, Method, OnNonFinite, Problem, State
 from shoal.errors import ConfigError, NonFiniteError, QuorumLost
 from shoal.messages import Messages, Round, Rows, Vector
 from shoal.problems.secants import Trail
+from shoal.runtimes.states import After, Hosted, Joined, row_fields, take
 
-TEMPORARY = 2**22  # coordinates of a chunk of clients: 16 MiB a float32 temporary
-Hosted = slice | Tensor  # places among the clients hosted here
+TEMPORARY = 2**20  # coordinates of a chunk of clients: 4 MiB a float32 temporary, which stays in a cache
 SKIPS = 100  # rounds skipped in a row, after which nothing will mend itself
-REMEMBERED = 2**24  # coordinates of gradients kept between measuring a point and using it: 64 MiB
+REMEMBERED = 2**25  # coordinates of gradients kept between measuring a point and using it: 128 MiB
 
 
 def chunks(m: int, d: int, chunk: int | None = None) -> list[slice]:
-    """Slices of the hosted rows, at most `chunk` clients each (default: what keeps a temporary at 16 MiB)."""
+    """Slices of the hosted rows, at most `chunk` clients each (default: what keeps a temporary at 4 MiB)."""
     size = chunk or max(1, TEMPORARY // d)
     return [slice(lo, min(lo + size, m)) for lo in range(0, m, size)]
 
@@ -58,11 +57,15 @@ class Watch:
         secant = trail.secant(x) if trail else None
         asked = trail is not None and trail.due(trail.count + 1)  # by the next point
         keep = (self.problem.full_batch or asked) and len(ids) * len(x) <= REMEMBERED
-        held = []
+        if secant is None:
+            self._x, self._rows = None, None  # before the next ones need memory
+        held, kept = [], Joined(len(ids))
         for part in self.parts:
             values, rows = self.problem.evaluate(x, ids[part])
-            if keep or len(ids) < n:
+            if len(ids) < n:
                 held.append((values, rows))
+            if keep:
+                kept.put(rows)
             if len(ids) == n:  # streamed: nothing of size n d is ever held
                 ops.add_rows(rows, total[:-1])
                 ops.add_rows(values[:, None], total[-1:])
@@ -70,7 +73,7 @@ class Watch:
                     secant.add(self._before(part), rows)
         self._x, self._rows = None, None
         if keep:
-            self._x, self._rows = x, torch.cat([rows for _, rows in held]) if len(held) > 1 else held[0][1]
+            self._x, self._rows = x, kept.rows
         if len(ids) < n:
             values, rows = self.channel.collect(torch.cat([v for v, _ in held]), torch.cat([r for _, r in held]))
             ops.add_rows(rows, total[:-1])
@@ -120,42 +123,6 @@ class Watch:
         return [(part, places[part]) for part in parts]
 
 
-@cache
-def row_fields(kind: type) -> frozenset[str]:
-    """The fields of a state that hold one row a hosted client."""
-    return frozenset(name for name, hint in get_type_hints(kind, include_extras=True).items() if hint == Rows)
-
-
-def take(state: Any, part: Hosted) -> Any:
-    """The state of some of the hosted clients: their rows of every `Rows` field."""
-    if state == ():
-        return state
-    rows = row_fields(type(state))  # type: ignore[arg-type]
-    return type(state)(*(v[part] if f in rows else v for f, v in zip(state._fields, state, strict=True)))
-
-
-def own(state: Any) -> Any:
-    """The state with its rows copied, so that `put` may write into them: what was yielded stays what it was."""
-    if state == ():
-        return state
-    rows = row_fields(type(state))  # type: ignore[arg-type]
-    return type(state)(*(v.clone() if f in rows else v for f, v in zip(state._fields, state, strict=True)))
-
-
-def put(state: Any, part: Hosted, new: Any) -> Any:
-    """The state with these clients' rows replaced: the new one itself if they are all, else written in place."""
-    if state == ():
-        return new
-    fields = []
-    for name, old, value in zip(state._fields, state, new, strict=True):
-        rows = name in row_fields(type(state))  # type: ignore[arg-type]
-        if rows and (isinstance(part, Tensor) or part != slice(0, len(old))):
-            old[part] = value
-            value = old
-        fields.append(value)
-    return type(state)(*fields)
-
-
 def _cohort(method: Method, workers: Any, rnd: Round) -> Round:
     """The round of those who take part. Raises ConfigError where a row of state would be moved twice in it."""
     members = method.cohort(rnd)
@@ -201,14 +168,12 @@ def _uplink(
     code, parts, d = method.code(rnd), watch.share(rnd), watch.problem.d
     width = code.capacity(rnd.cohort, d)
     whole: Messages | None = None
-    before = workers
-    if len(parts) > 1 or rnd.members is not None:
-        workers = own(workers)
+    after = After(workers, len(channel.clients), rnd.members is not None)
 
     def send(u: Rows, part: slice, at: Hosted, rnd: Round, moved: Any) -> None:
-        nonlocal whole, workers
+        nonlocal whole
         sent = code.encode(u, rnd.rows(part))
-        workers = put(workers, at, method.commit(moved, sent, rnd.rows(part)))
+        after.put(at, method.commit(moved, sent, rnd.rows(part)))
         if len(parts) == 1:
             whole = sent
             return
@@ -217,28 +182,29 @@ def _uplink(
         whole.payload[part, : sent.payload.shape[1]] = sent.payload
         whole.nbytes[part] = sent.nbytes
 
-    held, scalars, faults = [], [torch.zeros(0)], _Faults(channel, rnd)
+    held: deque[tuple[Rows, slice, Hosted, Any]] = deque()
+    scalars, faults = [torch.zeros(0)], _Faults(channel, rnd)
     for part, at in parts:
         with faults.noted():
-            # From the state before the round: what all workers share has moved already where an earlier chunk is done.
-            u, new = method.up(take(before, at), down.rows(part), watch.grad, rnd.rows(part))
-            workers = put(workers, at, new)
+            u, new = method.up(take(workers, at), down.rows(part), watch.grad, rnd.rows(part))
             if len(u) and code.agrees:
-                held.append((u, part, at))
+                held.append((u, part, at, new))
                 scalars.append(code.prepare(u, rnd.rows(part)))
             elif len(u):
-                send(u, part, at, rnd, take(workers, at))
+                send(u, part, at, rnd, new)
+            else:
+                after.put(at, new)
     faults.tell()
     if code.agrees:
-        moved = workers
         rnd = replace(rnd, agreed=channel.agree(torch.cat(scalars), rnd))
-        for u, part, at in held:
+        while held:
+            u, part, at, new = held.popleft()
             with faults.noted():
-                send(u, part, at, rnd, take(moved, at))
+                send(u, part, at, rnd, new)
         faults.tell()
     if whole is None:  # this process hosts none of the cohort
         whole = Messages(torch.zeros(0, width, dtype=torch.uint8), rnd.slots, rnd.slots, d)
-    return whole, workers, rnd
+    return whole, after.state, rnd
 
 
 def _without(rnd: Round, clients: tuple[int, ...], code: Compressor, d: int) -> Round:

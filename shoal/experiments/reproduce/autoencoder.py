@@ -30,6 +30,9 @@ from shoal.experiments.reproduce.study import (
 
 SIMILARITIES = (0.0, 0.5, 0.75, 0.9, 1.0)
 WIDTH = 16
+# n = 1000, powers of two times theory's step: MARINA's own, and from 1/4 of 1/L_- on up to where runs diverge. Where
+# p = k/d = 1/n, theory's steps are about 1/(1 + sqrt(n)) (RandK) and 1/(2 n) (TopK) of that, PermK's by L_± 1/7 to 1.
+MANY = {"PermK": range(5), "RandK": (0, *range(3, 7)), "TopK": range(9, 14)}
 
 
 def _grids(n: int, images: int | None, quick: bool, data: Sequence[Path]) -> list[Grid]:
@@ -38,11 +41,14 @@ def _grids(n: int, images: int | None, quick: bool, data: Sequence[Path]) -> lis
     n, d, images = (50 if many else 20, 2 * 112 * WIDTH, 840) if quick else (n, 2 * 784 * WIDTH, images)
     problem: dict[str, Any] = {"name": "autoencoder", "data": "mushrooms" if quick else folder(data), "clients": n}
     problem |= {"rows": images} if images else {}
+    tried: dict[str, Sequence[int]] = dict.fromkeys(methods(n, d), range(0, 14, 3) if many else range(8))
+    tried = MANY if many and not quick else tried
     for similarity in (0.0, 1.0) if quick else SIMILARITIES:
-        over: dict[str, list[Any]] = {"method": list(methods(n, d).values())}
-        over["multiple"] = [2.0**k for k in (range(0, 14, 3 if quick else 1) if many else range(8))]
-        over["seed"] = [0] if many else seeds(quick, 3)
-        found.append(grid(problem | {"similarity": similarity}, over, 1e-3, rounds=4000 if many and not quick else 600))
+        seeded = {"seed": [0] if many else seeds(quick, 3)}
+        relative, rounds = (1e-3, 600) if quick else (1e-2, 2000) if many else (1e-3, 4000)
+        whole = grid(problem | {"similarity": similarity}, seeded, relative, rounds=rounds)
+        for name, method in methods(n, d).items():
+            found.append(whole.changed({}, {"method": [method], "multiple": [2.0**k for k in tried[name]]}))
     return found
 
 
@@ -86,13 +92,22 @@ def _autoencoder(name: str, n: int, images: int | None, ends: str) -> Reproducti
     shown = f"{images} images" if images else "all images"
     return Reproduction(
         name, f"PermK, RandK and TopK on the linear autoencoder, n = {n}", PAPER,
-        f"MNIST ({shown}), width 16, d = 25088, n = {n}, K = {25088 // n}, p = K/d; {ends} The target is 10⁻³ of the "
-        "first squared gradient norm. p̂ is the share of rows that all clients have in common. Quick: 840 rows of the "
-        "bundled mushrooms, n = 20 or 50.", _judge, partial(_grids, n, images), needs="MNIST",
+        f"MNIST ({shown}), width 16, d = 25088, n = {n}, K = {25088 // n}, p = K/d; {ends} p̂ is the share of rows "
+        "that all clients have in common. Quick: 840 rows of the bundled mushrooms, n = 20 or 50, to 10⁻³ of the first "
+        "squared gradient norm in at most 600 rounds.", _judge, partial(_grids, n, images), needs="MNIST",
     )  # fmt: skip
 
 
+_FEW = (
+    "steps 2⁰ to 2⁷ times theory, three seeds; the target is 10⁻³ of the first squared gradient norm, in at most 4000 "
+    "rounds."
+)
+_MANY = (
+    "steps 2⁰ to 2⁴ times theory for PermK, 1 and 2³ to 2⁶ for RandK, 2⁹ to 2¹³ for TopK: MARINA's own, and from about "
+    "1/4 of 1/L₋ on, as smaller ones do not arrive; one seed, so no intervals; the target is 10⁻² of the first squared "
+    "gradient norm, in at most 2000 rounds."
+)
 AUTOENCODERS = (
-    _autoencoder("permk-autoencoder", 10, 1100, "steps 2⁰ to 2⁷ times theory, three seeds, at most 600 rounds."),
-    _autoencoder("permk-autoencoder-1000", 1000, None, "steps 2⁰ to 2¹³ times theory, one seed, at most 4000 rounds."),
+    _autoencoder("permk-autoencoder", 10, 1100, _FEW),
+    _autoencoder("permk-autoencoder-1000", 1000, None, _MANY),
 )

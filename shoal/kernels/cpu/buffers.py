@@ -17,7 +17,7 @@ from numba import njit
 from shoal.kernels.cpu.vectors import move
 
 LARGE = 1 << 20  # bytes from which on fresh pages matter
-KEPT = 1 << 28  # bytes in all
+KEPT = 1 << 29  # bytes in all
 LINE = 64  # bytes of a line of the cache
 
 _held: list[np.ndarray] = []

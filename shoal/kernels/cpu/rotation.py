@@ -159,16 +159,19 @@ def rotate(u: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 @njit(cache=True, nogil=True)
-def _put_signs(signs, start, size, words):
-    """The bits start, ..., start + size - 1 of the rows of words = the first `size` bits of signs."""
+def _placed(signs, start, size, words):
+    """Rows of words: bits start, ..., start + size - 1 are the first `size` of signs, the others are those of words."""
     mask, shift = np.uint64(0xFFFFFFFF if size >= 32 else (1 << size) - 1), np.uint64(start % 32)
-    for i in range(words.shape[0]):
-        own, to = signs[i % signs.shape[0]], words[i]
+    out = np.empty((max(signs.shape[0], words.shape[0]) if signs.shape[0] else 0, words.shape[1]), np.uint32)
+    for i in range(out.shape[0]):
+        own, to = signs[i % signs.shape[0]], out[i]
+        to[:] = words[i % words.shape[0]]
         for w in range(own.size):
             k, bits, kept = w + start // 32, (np.uint64(own[w]) & mask) << shift, ~(mask << shift)
             to[k] = np.uint32(to[k] & kept | bits & np.uint64(0xFFFFFFFF))
             if k + 1 < to.size:
                 to[k + 1] = np.uint32(to[k + 1] & (kept >> np.uint64(32)) | bits >> np.uint64(32))
+    return out
 
 
 @njit(cache=True, nogil=True)
@@ -187,11 +190,9 @@ def rotate_back(y: Tensor, draws: Sequence[Draw]) -> Tensor:
     signs = np.zeros((1, -(-d // 32)), np.uint32)
     for step, draw in reversed(list(enumerate(draws))):
         # The signs that follow the second transform are those in front of the first, or in the last pass.
-        start, own = step * (d - h), sign_words(draw, h)
+        start = step * (d - h)
         _transform(source, out, split, out, start, h, signs)
-        rows = len(own) if len(signs) == 1 else len(signs)
-        signs = np.array(np.broadcast_to(signs, (rows, signs.shape[1])), order="C")
-        _put_signs(own, start, h, signs)
+        signs = _placed(sign_words(draw, h), start, h, signs)
         split = start
     spread(_flip, (out, signs, out), d, 16, LEAST // max(m, 1))
     return torch.from_numpy(out)

@@ -15,6 +15,8 @@ from shoal.kernels.cpu.lanes import add_squares_16, add_squares_256
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.reference.sums import LANES, SUM_BLOCK
 
+TOGETHER = 2048  # coordinates whose sums stay in the first-level cache
+
 
 @njit(inline="always")
 def added_lanes(lanes):
@@ -130,25 +132,35 @@ def square_norm(x: Tensor) -> float:
 
 
 @njit(cache=True, nogil=True)
-def _add_rows(u, total):
-    for i in range(u.shape[0]):
-        for j in range(u.shape[1]):
-            total[j] += np.float64(u[i, j])
+def _add_rows(u, total, lo, hi):
+    for first in range(lo, hi, TOGETHER):
+        sums = total[first : min(first + TOGETHER, hi)]
+        for i in range(u.shape[0]):
+            row = u[i, first : first + sums.size]
+            for j in range(sums.size):
+                sums[j] += np.float64(row[j])
 
 
 def add_rows(u: Tensor, total: Tensor) -> None:
-    _add_rows(u.numpy(), total.numpy())
+    spread(_add_rows, (u.numpy(), total.numpy()), total.shape[0], TOGETHER, LEAST // max(len(u), 1))
 
 
 @njit(cache=True, nogil=True)
-def _mean_rows(u, mean, cohort, share):
-    total = np.zeros(mean.size)
-    _add_rows(u, total)
-    for j in range(mean.size):
-        mean[j] = np.float32(total[j] / cohort / share)
+def _mean_rows(u, mean, cohort, share, lo, hi):
+    room = np.empty(TOGETHER)
+    for first in range(lo, hi, TOGETHER):
+        sums = room[: min(TOGETHER, hi - first)]
+        sums[:] = 0.0
+        for i in range(u.shape[0]):
+            row = u[i, first : first + sums.size]
+            for j in range(sums.size):
+                sums[j] += np.float64(row[j])
+        for j in range(sums.size):
+            mean[first + j] = np.float32(sums[j] / cohort / share)
 
 
 def mean_rows(u: Tensor, cohort: int, share: float = 1.0) -> Tensor:
     mean = ready(u.shape[1], np.float32)
-    _mean_rows(u.numpy(), mean, cohort, float(share))
+    args = (u.numpy(), mean, cohort, float(share))
+    spread(_mean_rows, args, mean.size, TOGETHER, LEAST // max(len(u), 1))
     return torch.from_numpy(mean)

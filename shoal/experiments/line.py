@@ -1,0 +1,114 @@
+"""A rank's line, and the cores that ranks of one machine share: measured between ranks, or told."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shoal.errors import ConfigError
+from shoal.runtimes.peers import Peers
+from shoal.runtimes.rehearsal import Spent, Step
+
+# Of an Ethernet frame with the usual 1500 bytes, what TCP's and IP's headers and TCP's timestamps leave.
+PAYLOAD = 1448 / 1514
+SEGMENT = 1 << 20  # bytes: the longest piece of gloo's all-reduce
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine
+
+
+@dataclass(frozen=True)
+class Line:
+    """A rank's line: bytes of payload a second in each direction, and seconds one way."""
+
+    rate: float
+    latency: float
+
+    @staticmethod
+    def told(bandwidth: float, latency: float) -> Line:
+        """Of `bandwidth` Mbit/s and `latency` ms. Raises ConfigError unless the first is positive, the second not
+        negative."""
+        if not 0 < bandwidth < float("inf") or not 0 <= latency < float("inf"):
+            raise ConfigError(
+                f"--bandwidth {bandwidth:g} --latency {latency:g}: Mbit/s above 0, and milliseconds, 0 or more."
+            )
+        return Line(bandwidth * 1e6 / 8 * PAYLOAD, latency / 1e3)
+
+    @property
+    def bandwidth(self) -> float:
+        """Mbit/s, with the headers of frames."""
+        return self.rate * 8 / 1e6 / PAYLOAD
+
+    def ring(self, pieces: int, nbytes: float) -> float:
+        """Seconds until a rank has sent, and got, an even number of pieces, nbytes together, of which two are under
+        way at a time: a piece goes out when the one before it is out and the second before it has come in."""
+        piece = nbytes / pieces / self.rate
+        return (pieces / 2 - 1) * max(2 * piece, piece + self.latency) + 2 * piece + self.latency
+
+    def all_reduce(self, world: int, nbytes: float) -> float:
+        """Of gloo: a ring that adds up, then one that hands round, in pieces of at most 1 MiB, two or more a rank."""
+        segments = max(2, int(-(-nbytes // (world * SEGMENT))))
+        return 2 * self.ring((world - 1) * segments, nbytes * (world - 1) / world) if world > 1 else 0.0
+
+    def seconds(self, step: Step, world: int) -> float:
+        """Of one exchange of a channel."""
+        if step.kind == "ring":
+            return self.ring(2 * (world - 1), step.nbytes)
+        return self.latency + step.nbytes / self.rate
+
+
+def measured_line(peers: Peers, repeat: int = 5) -> Line:
+    """The line between these ranks, from all-gathers of two sizes: medians, of the slowest rank. Collective.
+
+    A few bytes travel in the signals: one latency. Many go behind them, and take one more for every rank that they
+    pass; their number grows until it takes half a second, or 16 MiB a rank.
+    """
+    others = peers.world - 1
+    if others < 1:
+        raise ConfigError("one rank has no line: start at least two, or give --ranks, --bandwidth and --latency.")
+    size, latency = 1 << 16, _all_gather(peers, 64, repeat)
+    slow = _all_gather(peers, size, 1)
+    while slow < 0.5 and size < 1 << 24:
+        size *= 4
+        slow = _all_gather(peers, size, 1)
+    slow = _all_gather(peers, size, repeat)
+    return Line(others * size / max(slow - (others + 1) * latency, 1e-6), latency)
+
+
+def _all_gather(peers: Peers, size: int, repeat: int) -> float:
+    mine, taken = torch.zeros(size, dtype=torch.uint8), []
+    for _ in range(repeat + (repeat > 1)):
+        peers.barrier()
+        began = time.perf_counter()
+        peers.all(mine, "bytes to time the link")
+        taken.append(time.perf_counter() - began)
+    found = torch.tensor([np.median(taken[repeat > 1 :])], dtype=torch.float64)
+    return max(float(said) for said in peers.all(found, "seconds"))
+
+
+# ------------------------------------------------------------------------------------------------ shared cores
+def cores() -> tuple[int, int]:
+    """(A number that ranks say alike if they share cores, how many cores those are)."""
+    own = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    machine = BOOT.read_text() if BOOT.is_file() else platform.node()
+    return zlib.crc32(f"{machine} {own}".encode()), len(own)
+
+
+def shared(peers: Peers | None, spent: Spent) -> float:
+    """Seconds until all ranks have computed what they do at the same time: of the slowest by the clock, or what ranks
+    that share cores keep these busy, if that is more. Collective; by the clock where there are no peers.
+
+    While a rank waits for a message another may have its core, so that each alone can look faster than all are.
+    """
+    if peers is None:
+        return spent.wall
+    where, count = cores()
+    mine = torch.tensor([spent.wall, spent.cpu, where, count], dtype=torch.float64)
+    said = [row.tolist() for row in peers.all(mine, "seconds")]
+    busy = [sum(cpu for _, cpu, there, _ in said if there == where) / count for _, _, where, count in said]
+    return max(*busy, *(wall for wall, *_ in said))
