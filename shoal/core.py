@@ -82,7 +82,7 @@ class Compressor(ABC):
 
         A client of the cohort whose message is missing counts as zero: the mean over m present is cohort/m times this.
         """
-        return kernels.of(msgs.payload).mean_rows(self.decode(msgs, rnd), rnd.cohort).float()
+        return kernels.of(msgs.payload).mean_rows(self.decode(msgs, rnd), rnd.cohort)
 
     def slices(self, d: int, rnd: Round) -> Slices | None:
         """How the round's messages are cut by coordinates, for channels that have several processes add up a slice

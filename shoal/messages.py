@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated
+from functools import lru_cache
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ class Round:
     def server(self) -> Round:
         """The server's own randomness: one row whose slot no client has."""
         slot = rng.SERVER.to(self.slots.device)
-        return replace(self, clients=slot, slots=slot)
+        return self._but(clients=slot, slots=slot)
 
     def everyone(self) -> Round:
         """The same round with the rows of all who take part, wherever they are hosted: what the server sends to."""
@@ -93,9 +94,7 @@ class Round:
 
     def fork(self, name: str) -> Round:
         """A second, independent use of the same streams in one round."""
-        # `replace` takes several times as long, and a rotation forks for each of its steps.
-        prefix, slots = f"{self.prefix}{name}/", self.slots
-        return Round(self.index, self.seed, self.n, self.clients, slots, self.cohort, self.agreed, prefix, self.members)
+        return self._but(prefix=f"{self.prefix}{name}/")
 
     def to(self, device: torch.device | str) -> Round:
         """The same round for rows on this device: what it draws lies there, and is the same everywhere."""
@@ -103,7 +102,17 @@ class Round:
 
     def rows(self, part: slice | Tensor) -> Round:
         """The same round for some of the hosted rows."""
-        return replace(self, clients=self.clients[part], slots=self.slots[part])
+        if isinstance(part, slice) and part == slice(None):
+            return self
+        slots = self.slots[part]
+        return self._but(clients=slots if self.clients is self.slots else self.clients[part], slots=slots)
+
+    def _but(self, **fields: Any) -> Round:
+        """The same round with other values of these fields. `replace` takes several times as long, and a rotation forks
+        for each of its steps."""
+        other = object.__new__(Round)
+        other.__dict__.update(self.__dict__, **fields)
+        return other
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ class Messages:
     def of(payload: Tensor, rnd: Round, d: int, nbytes: Tensor | None = None) -> Messages:
         """Rows of bytes, all of them in use unless `nbytes` says otherwise."""
         if nbytes is None:
-            nbytes = rnd.slots.new_full(payload.shape[:1], payload.shape[1])
+            nbytes = _alike(*payload.shape, payload.device)
         return Messages(payload, nbytes, rnd.slots, d)
 
     @property
@@ -146,6 +155,12 @@ class Messages:
             return self.payload if most == wide or m == 0 else self.payload[:, :most]
         expected = torch.as_tensor(lengths).expand(nbytes.shape).tolist()
         raise LengthError(f"rows of {nbytes.tolist()[:4]} bytes in {wide}; the code says {expected[:4]}.")
+
+
+@lru_cache(maxsize=64)
+def _alike(m: int, length: int, device: torch.device) -> Tensor:
+    """(m,) int64: the lengths of rows that are all as long. Not to be written to."""
+    return torch.full((m,), length, device=device)
 
 
 def as_bytes(x: Tensor) -> Tensor:
@@ -180,7 +195,7 @@ def joined(*parts: Tensor) -> Tensor:
 def finite_floats(b: Tensor, gain: float = 1.0) -> Tensor:
     """(m, c) float32 of received bytes. Raises PayloadError unless they stay finite when multiplied by `gain`."""
     values = as_floats(b)
-    if values.numel() and not within(kernels.of(values).maxes(values), gain):
+    if not kernels.of(values).greatest(values) * gain <= FLOAT_MAX:
         raise PayloadError("a value is not finite, or not once it is scaled.")
     return values
 
@@ -203,11 +218,16 @@ def measured_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 
     u = shaped_rows(u, rnd)
     factor, top = gain(u.shape[1]), kernels.of(u).maxes(u)
     if not within(top, factor):
-        bad = ~(top.double() * factor <= FLOAT_MAX)
-        value = float(top[bad][0])
-        what = f"overflows float32 when scaled by {factor:g}" if value < float("inf") else "is not finite"
-        raise not_finite(bad, rnd, f"an entry of magnitude {value:g} {what}")
+        raise _overflowing(top, rnd, factor)
     return u, top
+
+
+def _overflowing(top: Tensor, rnd: Round, factor: float) -> NonFiniteError:
+    """The error about rows whose largest entries, (m,), are not all finite once they are scaled."""
+    bad = ~(top.double() * factor <= FLOAT_MAX)
+    value = float(top[bad][0])
+    what = f"overflows float32 when scaled by {factor:g}" if value < float("inf") else "is not finite"
+    return not_finite(bad, rnd, f"an entry of magnitude {value:g} {what}")
 
 
 def not_finite(bad: Tensor, rnd: Round, what: str) -> NonFiniteError:
@@ -229,10 +249,14 @@ def largest(r: Tensor) -> float:
     return (r if size == 1 else r.max()).item() if size else 0.0
 
 
-def smallest(r: Tensor) -> float:
-    """The smallest of these numbers, as `largest` has the largest."""
-    size = r.numel()
-    return (r if size == 1 else r.min()).item() if size else 0.0
+def topped_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 1.0) -> tuple[Rows, float]:
+    """u as `checked_rows` has it, and max_ij |u_ij| over all rows."""
+    u = shaped_rows(u, rnd)
+    factor, ops = gain(u.shape[1]), kernels.of(u)
+    top: float = ops.greatest(u)
+    if not top * factor <= FLOAT_MAX:
+        raise _overflowing(ops.maxes(u), rnd, factor)
+    return u, top
 
 
 def checked_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 1.0) -> Rows:
@@ -241,4 +265,4 @@ def checked_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 1
     Raises ConfigError for a wrong shape, dtype or device, NonFiniteError for a NaN, an infinity, or a finite value that
     overflows float32 once multiplied by `gain(d)`. Names the client.
     """
-    return measured_rows(u, rnd, gain)[0]
+    return topped_rows(u, rnd, gain)[0]

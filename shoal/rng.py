@@ -57,6 +57,16 @@ def permutation(draw: Draw, d: int) -> Tensor:
     return kernels.of(draw.slots).permutation(draw, d)
 
 
+def coins(draw: Draw, odds: int) -> Tensor:
+    """(m,) bool: a coin for each row, heads with probability odds / 2^64."""
+    return kernels.of(draw.slots).coins(draw, odds)
+
+
+def places(draw: Draw, n: int, slots: Tensor) -> Tensor:
+    """(m,) int64: where a uniform permutation of 0..n-1 has these slots."""
+    return kernels.of(slots).places(draw, n, slots)
+
+
 def support(draw: Draw, d: int, k: int) -> Tensor:
     """(m, k) int64, ascending: a uniform k-subset of 0..d-1 a row."""
     return kernels.of(draw.slots).support(draw, d, k)

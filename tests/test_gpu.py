@@ -78,7 +78,8 @@ def levels(ops, v):
     """As `leveled` and `rounded` of test_kernels, fewer: the interpreter takes milliseconds for what takes none."""
     place, shifts = torch.arange(v.m) % 5, torch.from_numpy(v.rng.integers(0, 5, (1, v.d)).astype(np.int32))
     plain = [ops.encode_levels(v.u, v.r, v.private, v.tie, s) for s in (2, 15, 300)]
-    placed = (place, shifts)
+    placed, own = (place, shifts), [draw._replace(slots=torch.arange(v.m)) for draw in (v.private, v.tie)]
+    plain.append(ops.encode_levels(v.u, v.r, *own, 3, 5, v.shared, v.shared))
     return [*plain, *(ops.encode_levels(v.u, v.r, v.private, v.tie, 3, 5, *placed, head) for head in (False, True))]
 
 
@@ -86,7 +87,9 @@ def bits(ops, v):
     place, shifts = torch.arange(v.m) % 5, torch.from_numpy(v.rng.integers(0, 5, (1, v.d)).astype(np.int32))
     out = [ops.encode_bits(v.u, v.r * 0.75, v.private, v.tie, 1, torch.zeros(v.m, dtype=torch.int64), None)]
     drawn = ops.encode_bits(v.u, v.r, v.private, v.tie, 1000, torch.arange(v.m), v.shared, head=True)
-    return [*out, drawn, *(ops.encode_bits(v.u, v.r, v.private, v.tie, 5, place, s) for s in (shifts, None))]
+    own = [draw._replace(slots=torch.arange(v.m)) for draw in (v.private, v.tie)]
+    drawn = [drawn, ops.encode_bits(v.u, v.r, *own, 5, v.shared, v.shared)]
+    return [*out, *drawn, *(ops.encode_bits(v.u, v.r, v.private, v.tie, 5, place, s) for s in (shifts, None))]
 
 
 def offset_grid(ops, v, name):

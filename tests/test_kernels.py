@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shoal import kernels
 from shoal.kernels import Draw, cpu, reference
+from shoal.kernels.reference.turned import Part
 
 SHAPES = [(1, 1), (3, 5), (4, 127), (4, 128), (4, 129), (4, 130), (2, 1000), (3, 2500)]
 SCALES = [0.0, 1e-44, 1e-39, 1e-30, 1.0, 1e30, 3e38]
@@ -83,6 +84,8 @@ def rounded(ops: ModuleType, v: Inputs) -> list[Tensor]:
             out.append(ops.encode_bits(v.u, r, v.private, v.tie, strata, place, shifts))
             out.append(ops.encode_bits(v.u, r, v.private, v.tie, strata, place, v.shared, head=strata == 5))
             out.append(ops.encode_bits(v.u, r, v.private, v.tie, strata, place, None))
+    own = [draw._replace(slots=torch.arange(v.m)) for draw in (v.private, v.tie)]
+    out.append(ops.encode_bits(v.u, v.r, *own, 5, v.shared, v.shared, head=True))
     return out
 
 
@@ -95,6 +98,8 @@ def leveled(ops: ModuleType, v: Inputs) -> list[Tensor]:
         for s in (2, 3, 16):
             out.append(ops.encode_levels(v.u, v.r, v.private, v.tie, s, strata, place, shifts))
             out.append(ops.encode_levels(v.u, norm, v.private, v.tie, s, strata, place, None))
+    own = [draw._replace(slots=torch.arange(v.m)) for draw in (v.private, v.tie)]
+    out.append(ops.encode_levels(v.u, v.r, *own, 3, 5, v.shared, v.shared, True))
     headed = ops.encode_levels(v.u, v.r, v.private, v.tie, 16, head=True)
     same(headed[:, :4].contiguous(), v.r[:, None].view(torch.uint8))
     return [*out, headed]
@@ -186,7 +191,7 @@ CASES: dict[str, Callable[[ModuleType, Inputs], object]] = {
     "maxes": lambda ops, v: ops.maxes(v.u),
     "mean_bits": lambda ops, v: ops.mean_bits(v.bytes, v.r, v.d, 7),
     "mean_levels": lambda ops, v: read(lambda p, s: ops.mean_levels(p, v.r, s, v.d, 7), v, COUNTS),
-    "mean_rows": lambda ops, v: ops.mean_rows(v.u, 7),
+    "mean_rows": lambda ops, v: [ops.mean_rows(v.u, 7), ops.mean_rows(v.u / 2, 7, 0.6)],
     "mean_sparse": lambda ops, v: sparse(ops, v, "mean_sparse"),
     "norms": lambda ops, v: ops.norms(v.u),
     "pack": packed,
@@ -278,17 +283,80 @@ CASES |= {
 }
 
 
-def orders(ops: ModuleType, v: Inputs) -> list[object]:
-    """Ascending rows, at the end of what is allowed and beyond it, from below 0 on, and with a number twice."""
-    up = torch.arange(v.d).repeat(v.m, 1) * 3
-    twice = up.clone()
-    twice[-1, v.d // 2 :] -= 3
-    return [
-        ops.ascending(*case) for case in ((up, 3 * v.d - 2), (up, 3 * v.d - 3), (up - 1, 3 * v.d), (twice, 3 * v.d))
-    ]
+def kept(ops: ModuleType, v: Inputs) -> list[object]:
+    """What TopK writes, read again; and rows whose coordinates go beyond d, or say one twice."""
+    out: list[object] = []
+    for k in sorted({1, (v.d + 1) // 2, v.d}):
+        payload = reference.encode_topk(v.u, k)
+        out += ops.decode_topk(payload, k, v.d)
+        assert out[-1] is True
+        for last in (2 ** (v.d - 1).bit_length() - 1, 0):
+            index = reference.unpack(payload[:, 4 * k :].contiguous(), k, (v.d - 1).bit_length())
+            index[-1, -1] = last
+            spoiled = torch.cat([payload[:, : 4 * k], reference.pack(index, (v.d - 1).bit_length())], 1)
+            out += ops.decode_topk(spoiled, k, v.d)
+            assert out[-1] is (last < v.d and (k == 1 or last > int(index[-1, -2])))
+    return out
 
 
-CASES["ascending"] = orders
+def scales_read(ops: ModuleType, v: Inputs) -> list[object]:
+    """Good ones, of rows that lie apart, as well; then one that is negative, infinite, no number, or too large."""
+    rows = torch.cat([v.r[:, None].view(torch.uint8), v.bytes], 1)
+    out: list[object] = [*ops.read_scales(rows, 1.0), *ops.read_scales(rows[:, :4], 0.5)]
+    for value in (-1e-45, -0.0, float("inf"), float("nan"), 3e38):
+        r = v.r.clone()
+        r[-1] = value
+        read, good = ops.read_scales(r[:, None].view(torch.uint8), 2.0)
+        assert good is bool(value == 0 and (r.double() * 2 <= torch.finfo(torch.float32).max).all())
+        out += [read, good]
+    return out
+
+
+def tossed(ops: ModuleType, v: Inputs) -> list[Tensor]:
+    """Impossible, even, certain; and odds that a row's two words just do not reach, and just do."""
+    high, low = reference.words(v.private, 2)[0].tolist()
+    out = [ops.coins(v.private, odds) for odds in (0, 2**63, 2**64, high << 32 | low, (high << 32 | low) + 1)]
+    assert [bool(heads[0]) for heads in (out[0], *out[2:])] == [False, True, False, True]
+    return out
+
+
+CASES |= {
+    "coins": tossed,
+    "decode_topk": kept,
+    "encode_topk": lambda ops, v: [ops.encode_topk(v.u, k) for k in {1, (v.d + 1) // 2, v.d}],
+    "greatest": lambda ops, v: [ops.greatest(v.u), ops.greatest(v.u[:0]), ops.greatest(v.u * float("nan"))],
+    "places": lambda ops, v: [ops.places(v.shared, n, torch.arange(v.m) % n) for n in (1, 7, 1000)],
+    "read_scales": scales_read,
+    "symmetric": lambda ops, v: ops.symmetric(v.private, v.d),
+}
+
+
+def points_of(size: int) -> list[tuple[Part, ...]]:
+    """Signs, numbers of three bits, of four and of three, and signs of a beginning."""
+    two, eight, sixteen = (torch.linspace(-2, 2, count) for count in (2, 8, 16))
+    half = (size + 1) // 2
+    mixed = (Part(half, sixteen), Part(size - half, eight)) if size > 1 else (Part(1, sixteen),)
+    return [(Part(size, two),), (Part(size, eight),), mixed, (Part(half, two),)]
+
+
+def whole(ops: ModuleType, v: Inputs, name: str) -> list[Tensor]:
+    """Messages of rotated rows, of one round of signs and of two; norms are kept finite, as in `turned`."""
+    out, size, u = [], 1 << (v.d - 1).bit_length(), v.u / (64 if v.scale > 1e38 else 1)
+    other = v.tie._replace(slots=v.slots)
+    for parts in points_of(size):
+        for draws in ([v.private], [v.private, other], [v.shared, v.tie]):
+            if name == "encode_turned":
+                out += [
+                    *ops.encode_turned(u, draws, size, parts, False),
+                    *ops.encode_turned(u, draws, size, parts, True),
+                ]
+            else:
+                payload = reference.encode_turned(u, draws, size, parts, False)[0]
+                out.append(ops.decode_turned(payload, v.r / 64, draws, size, parts, v.d))
+    return out
+
+
+CASES |= {name: lambda ops, v, n=name: whole(ops, v, n) for name in ("decode_turned", "encode_turned")}  # type: ignore[misc]
 
 
 def entropy(v: Inputs) -> list[tuple[Tensor, int, int]]:
@@ -335,9 +403,13 @@ def on_an_offset_grid(ops: ModuleType, v: Inputs) -> list[Tensor]:
         place = torch.arange(v.m) % strata
         for r in (v.r, v.r * 0.75):
             out.append(ops.encode_strata(v.u, r, v.private, v.tie, levels, strata, place, shifts, steps, offset))
+            own = [draw._replace(slots=place) for draw in (v.private, v.tie)]
+            out.append(ops.encode_strata(v.u, r, *own, levels, strata, v.shared, v.shared, steps, v.shared, True))
         with np.errstate(over="ignore"):
             out.append(ops.decode_strata(v.codes(levels), v.r, strata, steps, offset))
+            out.append(ops.decode_strata(v.codes(levels), v.r, strata, steps, v.shared))
         out.append(ops.mean_strata(v.codes(levels), v.r, strata, steps, offset, 7))
+        out.append(ops.mean_strata(v.codes(levels), v.r, strata, steps, v.shared, 7))
     return out
 
 
@@ -574,18 +646,18 @@ def test_sums_run_from_row_to_row(ops):
         total = torch.zeros(130, dtype=torch.float64)
         ops.add_rows(u[:cut], total)
         ops.add_rows(u[cut:], total)
-        same(total / 7, ops.mean_rows(u, 7))
+        same((total / 7).float(), ops.mean_rows(u, 7))
     assert ops.mean_rows(torch.tensor([[2.0**60], [1.0], [-(2.0**60)]]), 1).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("ops", [reference, cpu], ids=["reference", "cpu"])
 def test_means_of_codes_are_means_of_rows(ops):
     v = Inputs(4, 130, 1.0)
-    same(ops.mean_bits(v.bytes, v.r, 130, 9), ops.mean_rows(ops.decode_bits(v.bytes, v.r, 130), 9).float())
+    same(ops.mean_bits(v.bytes, v.r, 130, 9), ops.mean_rows(ops.decode_bits(v.bytes, v.r, 130), 9))
     values, index, pointer, _ = v.blocks()
     # A power of two scales exactly, so that scaling the sum is scaling the rows.
     rows = ops.scatter(values, index, pointer, 130, 4.0)
-    same(ops.mean_sparse(values, index, pointer, 130, 4.0, 9) + 0.0, ops.mean_rows(rows, 9) + 0.0)
+    same(ops.mean_sparse(values, index, pointer, 130, 4.0, 9).float() + 0.0, ops.mean_rows(rows, 9) + 0.0)
 
 
 @given(st.data())

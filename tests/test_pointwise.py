@@ -59,8 +59,7 @@ def test_the_coin_compares_64_bits(p, monkeypatch):
     """Heads are exactly the words below ceil(2^64 p): both sides of the border, and both ends."""
     border = math.ceil(Fraction(p) * 2**64)
     values = [v for v in (0, border - 1, border, 2**64 - 1) if v < 2**64]
-    words = torch.tensor([[v >> 32, v & 0xFFFFFFFF] for v in values])
-    monkeypatch.setattr("shoal.rng.words", lambda draw, d: words)
+    monkeypatch.setattr("shoal.rng.coins", lambda draw, odds: torch.tensor([v < odds for v in values]))
     assert Bernoulli(p).sends(torch.arange(len(values)), ONE).tolist() == [v < border for v in values]
 
 

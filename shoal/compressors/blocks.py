@@ -7,6 +7,7 @@ What PermK, RandK, quantizers around them and correlated quantization in groups 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -83,20 +84,31 @@ def dealt_bound(constant: Callable[[int], float], d: int, parts: int) -> float:
     return max(((parts - longer) * constant(short) + longer * more) / parts, more)
 
 
+@lru_cache(maxsize=64)
 def cut(total: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """(starts, sizes), int64: 0..total-1 in `parts` consecutive parts, the longer ones first."""
+    """(starts, sizes), int64: 0..total-1 in `parts` consecutive parts, the longer ones first. Not to be written to."""
     short, longer = divmod(total, parts)
     number = np.arange(parts)
     return number * short + np.minimum(number, longer), short + (number < longer)
 
 
+ALL = slice(None)
+
+
 def alike(*keys: Tensor) -> Iterator[tuple[Tensor | slice, tuple[int, ...]]]:
     """(rows, values) for every combination of the keys, each (m,) int64, that occurs: the rows that share it.
 
-    A kernel takes rows of one length: blocks that differ by one are two calls, and no row is padded.
+    A kernel takes rows of one length: blocks that differ by one are two calls, and no row is padded. Where all rows are
+    alike, `ALL` stands for them.
     """
     found = list(zip(*(key.tolist() for key in keys), strict=True))
     kinds = sorted(set(found))
     for kind in kinds:
         rows = [i for i, values in enumerate(found) if values == kind] if len(kinds) > 1 else []
-        yield torch.tensor(rows, device=keys[0].device) if rows else slice(None), kind
+        yield torch.tensor(rows, device=keys[0].device) if rows else ALL, kind
+
+
+def taken(x: Tensor, rows: Tensor | slice, width: int) -> Tensor:
+    """The first `width` columns of these rows, contiguous: x itself, if it is that."""
+    some = x if rows is ALL else x[rows]
+    return (some if some.shape[1] == width else some[:, :width]).contiguous()

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from shoal import kernels, rng
 from shoal.compressors.blocks import Dealt, alike, cut, dealt_bound
-from shoal.compressors.dither import QSGD, checked_scale, read_scale
+from shoal.compressors.dither import QSGD, checked_scale, normed_rows, read_scale
 from shoal.compressors.strata import strata_error, supremum_max, supremum_norm
 from shoal.core import Compressor
 from shoal.errors import ConfigError, PayloadError
-from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, largest, measured_rows
+from shoal.kernels import Draw
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, checked_rows, largest, measured_rows, topped_rows
 from shoal.slices import Slices, Tally
 from shoal.theory import AB
 
@@ -231,18 +232,11 @@ class Correlated(Compressor):
         return lambda d: n / (n // min(n, self.blocks))  # of a client of the smallest group
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        (u, top), d = measured_rows(u, rnd, self._gain(rnd.cohort)), u.shape[1]
+        u, r = self._scaled(u, rnd)
+        d = u.shape[1]
         self.check(rnd.cohort, d)
-        r = None
-        if self.agrees:
-            r = self._agreed(rnd, len(u))
-            if largest(top) > largest(r):
-                raise ConfigError(f"the agreed scale {float(r[0]):g} is smaller than an entry; agree on max |u_ij|.")
-        elif self.scale == "full":
-            r = kernels.of(u).norms(u)
         if self.blocks == 1:
-            place = self._places(rnd.slots, rnd)
-            return Messages.of(self._rounded(u, r, rnd, rnd.cohort, place), rnd, d)
+            return Messages.of(self._rounded(u, r, rnd, rnd.cohort, _order(rnd)), rnd, d)
         part = self._split(rnd.slots, d, rnd)
         values, lengths = part.block.gather(u, -(-d // self.blocks)), part.block.lengths()
         payload = torch.zeros(len(u), self.capacity(rnd.cohort, d), dtype=torch.uint8, device=u.device)
@@ -253,9 +247,22 @@ class Correlated(Compressor):
             payload[rows, : sent.shape[1]] = sent
         return Messages.of(payload, rnd, d, nbytes)
 
-    def _rounded(self, u: Rows, r: Tensor | None, rnd: Round, strata: int, place: Tensor) -> Tensor:
+    def _scaled(self, u: Rows, rnd: Round) -> tuple[Rows, Tensor | None]:
+        """u, checked, and (m,) scales; None where they are those of a block."""
+        gain = self._gain(rnd.cohort)
+        if self.agrees:
+            (u, top), r = topped_rows(u, rnd, gain), self._agreed(rnd, u.shape[0])
+            if top > largest(r):
+                raise ConfigError(f"the agreed scale {float(r[0]):g} is smaller than an entry; agree on max |u_ij|.")
+            return u, r
+        if self.blocks == 1:
+            return normed_rows(u, rnd) if self.scale == "own" else measured_rows(u, rnd)
+        u = checked_rows(u, rnd, gain)
+        return u, kernels.of(u).norms(u) if self.scale == "full" else None
+
+    def _rounded(self, u: Rows, r: Tensor | None, rnd: Round, strata: int, place: Tensor | Draw) -> Tensor:
         """(m, bytes) uint8: rows of a whole message's coordinates rounded among `strata` clients, their scale first."""
-        ops, d, head = kernels.of(u), u.shape[1], not self.agrees
+        ops, head = kernels.of(u), not self.agrees
         if r is None:
             r = ops.norms(u) if self.scale == "own" else ops.maxes(u)
         if head:
@@ -265,8 +272,7 @@ class Correlated(Compressor):
         private, ties = rnd.draw("Correlated.bits"), rnd.draw("Correlated.ties")
         if self.levels == 2:
             return ops.encode_bits(u, r, private, ties, strata, place, shared, head)
-        shifts = rng.below(shared, d, strata)
-        return ops.encode_levels(u, r, private, ties, self.levels, strata, place, shifts, head)
+        return ops.encode_levels(u, r, private, ties, self.levels, strata, place, shared, head)
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         if self.blocks > 1:
@@ -322,7 +328,7 @@ class Correlated(Compressor):
         return values
 
     def _places(self, slots: Tensor, rnd: Round) -> Tensor:
-        return rnd.permutation(rnd.cohort, "Correlated.places").index_select(0, slots)
+        return rng.places(_order(rnd), rnd.cohort, slots)
 
     def _split(self, slots: Tensor, d: int, rnd: Round) -> Split:
         """Who sends what: one permutation of the clients gives the groups, and the places in them."""
@@ -343,6 +349,11 @@ class Correlated(Compressor):
             code, r = self._read(some, rnd, n / size)
             values[rows, :length] = (self._values(code, r, length).double() * (n / size)).float()
         return values, part
+
+
+def _order(rnd: Round) -> Draw:
+    """The permutation of the cohort that gives every client its place."""
+    return rnd.shared("Correlated.places")
 
 
 def agree_locally(u: Rows, compressor: Compressor, rnd: Round) -> Round:

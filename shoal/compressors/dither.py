@@ -24,11 +24,9 @@ from shoal.messages import (
     Round,
     Rows,
     Vector,
-    as_floats,
     checked_rows,
     not_finite,
     shaped_rows,
-    smallest,
     within,
 )
 from shoal.slices import Slices
@@ -53,10 +51,10 @@ def normed_rows(u: Rows, rnd: Round, gain: float = 1.0) -> tuple[Rows, Tensor]:
 
 def read_scale(payload: Tensor, gain: float = 1.0) -> Tensor:
     """(m,) float32 of the first four bytes. Raises PayloadError unless it is not negative, and gain times it finite."""
-    r = as_floats(payload[:, :4])[:, 0]
-    if not (within(r, gain) and smallest(r) >= 0):
+    scales: tuple[Tensor, bool] = kernels.of(payload).read_scales(payload, float(gain))
+    if not scales[1]:
         raise PayloadError("a scale is not a finite number >= 0.")
-    return r
+    return scales[0]
 
 
 class ScaledCodes(Unbiased):

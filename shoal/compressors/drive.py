@@ -21,18 +21,8 @@ from shoal.compressors.dither import read_scale
 from shoal.compressors.lloyd import POINTS
 from shoal.compressors.rotation import Conditional, checked_back, checked_norms, sign_draws
 from shoal.errors import ConfigError
-from shoal.messages import (
-    FLOAT_MAX,
-    Messages,
-    Round,
-    Rows,
-    as_bytes,
-    checked_rows,
-    joined,
-    largest,
-    shaped_rows,
-    smallest,
-)
+from shoal.kernels.reference.turned import Part
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, checked_rows, largest, shaped_rows
 from shoal.theory import AB, independent
 
 SMALLEST = 64  # padded dimension from which on the numerical omega was measured and not exceeded
@@ -109,43 +99,14 @@ class Turned(Conditional):
 
     def capacity(self, n: int, d: int) -> int:
         """4 + ceil(D bits / 8) bytes, always all used, D = 2^ceil(log2 d); two streams where some have a bit more."""
-        return 4 + sum((count * bits + 7) // 8 for count, bits in self._parts(padded(d)))
+        return 4 + bytes_of(self, padded(d))
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u = shaped_rows(u, rnd)
         D = padded(u.shape[1])
-        if self._parts(D) == [(D, 1)]:
-            code, along, square = kernels.of(u).rotate_signs(u, self._draws(rnd.slots, rnd), D)
-            self._checked_squares(u, square, rnd)
-            sent, unit = [code], unit_of(self)
-            along = along if unit == 1.0 else along * unit
-        else:
-            sent, along, square = self._pointed(u, D, rnd)
-        scale = along / D if self._least else square / along
-        if not smallest(along) > 0:
-            scale = torch.where(along > 0, scale, 0.0)
-        return Messages.of(joined(as_bytes(scale.float()[:, None]), *sent), rnd, u.shape[1])
-
-    def _pointed(self, u: Rows, D: int, rnd: Round) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The parts' bytes, and for the scale (m,) float64 <y, q> and ||u_i||^2, or what stands for it."""
-        ops, square = kernels.of(u), kernels.of(u).dots(u, u)
+        payload, square = kernels.of(u).encode_turned(u, self._draws(rnd.slots, rnd), D, parts_of(self, D), self._least)
         self._checked_squares(u, square, rnd)
-        y = ops.rotate_padded(u, self._draws(rnd.slots, rnd), D)
-        along, sent, at = torch.zeros_like(square), [], 0
-        for count, bits in self._parts(D):
-            part, table = y if count == D else y[:, at : at + count].contiguous(), self._table(bits)
-            if bits == 1:
-                code, magnitude = ops.encode_signs(part)
-                along += float(table[1]) * magnitude
-            else:
-                factor = math.sqrt(D) / torch.where(square > 0, square, 1.0).sqrt()
-                code, fit = ops.encode_points(part, factor, table.to(u.device))
-                along += fit
-            sent.append(code)
-            at += count
-        if at < D:  # of what is kept, D / at times: its mean is the whole
-            square = ops.dots(part, part) * (D / at)
-        return sent, along, square
+        return Messages.of(payload, rnd, u.shape[1])
 
     def _draws(self, slots: Tensor, rnd: Round) -> list[kernels.Draw]:
         return sign_draws(type(self).__name__, slots, rnd, self.rounds)
@@ -159,26 +120,20 @@ class Turned(Conditional):
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         payload, D = msgs.checked(self.capacity(rnd.cohort, msgs.d)), padded(msgs.d)
-        ops, scale, parts, byte = kernels.of(payload), read_scale(payload), [], 4
-        for count, bits in self._parts(D):
-            end = byte + (count * bits + 7) // 8
-            code = payload[:, byte:end].contiguous()
-            if bits == 1:
-                unit = unit_of(self)
-                parts.append(ops.decode_bits(code, scale if unit == 1.0 else scale * unit, count))
-            else:
-                parts.append(ops.decode_points(code, scale, self._table(bits).to(payload.device), count))
-            byte = end
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        if rows.shape[1] < D:  # what was not sent is zero
-            rows = torch.nn.functional.pad(rows, (0, D - rows.shape[1]))
-        return checked_back(ops.rotate_padded_back(rows, self._draws(msgs.slots, rnd), msgs.d))
+        ops, scale, draws = kernels.of(payload), read_scale(payload), self._draws(msgs.slots, rnd)
+        return checked_back(ops.decode_turned(payload, scale, draws, D, parts_of(self, D), msgs.d))
 
 
 @cache
-def unit_of(turned: Turned) -> float:
-    """The magnitude of the points of one bit."""
-    return float(turned._table(1)[1])
+def parts_of(turned: Turned, D: int) -> tuple[Part, ...]:
+    """The parts of a message, with their points."""
+    return tuple(Part(count, turned._table(bits)) for count, bits in turned._parts(D))
+
+
+@cache
+def bytes_of(turned: Turned, D: int) -> int:
+    """What the parts take."""
+    return sum((count * bits + 7) // 8 for count, bits in turned._parts(D))
 
 
 @cache

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shoal import kernels, rng
+from shoal import kernels
 from shoal.compressors.rotation import checked_norms
 from shoal.core import Compressor
 from shoal.errors import ConfigError, PayloadError
@@ -73,14 +73,16 @@ class LowRank(Compressor):
 
     def _start(self, rnd: Round, columns: int) -> Tensor:
         """(m, columns, rank) float32: odd multiples of 2^-24, so that 0 is not among them."""
-        words = rng.words(rnd.draw("LowRank.start"), columns * self.rank).to(torch.int64) >> 8
-        return ((2 * words + 1 - 2**24).to(torch.float32) * 2.0**-24).reshape(-1, columns, self.rank)
+        draw = rnd.draw("LowRank.start")
+        start: Tensor = kernels.of(draw.slots).symmetric(draw, columns * self.rank)
+        return start.reshape(-1, columns, self.rank)
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u, d = checked_rows(u, rnd), u.shape[1]
         a, b = self.sides(d)
         # Twice the norm: what is rounded on the way stays finite.
-        u = torch.nn.functional.pad(checked_norms(u, rnd, 2.0), (0, a * b - d)).reshape(-1, a, b)
+        u = checked_norms(u, rnd, 2.0)
+        u = (torch.nn.functional.pad(u, (0, a * b - d)) if a * b > d else u).reshape(-1, a, b)
         tall = u if a >= b else u.transpose(1, 2).contiguous()
         left, right = kernels.of(u).low_rank(tall, self._start(rnd, min(a, b)))
         return Messages.of(joined(as_bytes(left.flatten(1)), as_bytes(right.flatten(1))), rnd, d)
@@ -94,7 +96,8 @@ class LowRank(Compressor):
             values[:, cut:].reshape(-1, min(a, b), self.rank),
         )
         rows = kernels.of(values).outer(*((left, right) if a >= b else (right, left)))
-        rows = rows.flatten(1)[:, : msgs.d].contiguous()
-        if len(rows) and not bool((kernels.of(rows).maxes(rows) <= FLOAT_MAX).all()):
+        rows = rows.flatten(1)
+        rows = rows if a * b == msgs.d else rows[:, : msgs.d].contiguous()
+        if not kernels.of(rows).greatest(rows) <= FLOAT_MAX:
             raise PayloadError(f"{self!r}: a product of the two factors is not finite.")
         return rows

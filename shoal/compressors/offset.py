@@ -14,12 +14,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shoal import kernels, rng
+from shoal import kernels
 from shoal.compressors.dither import checked_scale, read_scale
 from shoal.compressors.strata import supremum_max, supremum_norm
 from shoal.core import Compressor
 from shoal.errors import ConfigError, PayloadError
-from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, as_bytes, joined, largest, measured_rows
+from shoal.kernels import Draw
+from shoal.messages import (
+    FLOAT_MAX,
+    Messages,
+    Round,
+    Rows,
+    Vector,
+    largest,
+    measured_rows,
+    topped_rows,
+)
 from shoal.slices import Slices
 from shoal.theory import AB
 
@@ -132,21 +142,19 @@ class CorrelatedOffset(Compressor):
         return measured_rows(u, rnd, self._checked_gain(rnd.cohort))[1]
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        (u, top), n = measured_rows(u, rnd, self._checked_gain(rnd.cohort)), rnd.cohort
+        (u, top), n = topped_rows(u, rnd, self._checked_gain(rnd.cohort)), rnd.cohort
         ops, d = kernels.of(u), u.shape[1]
         if self.agrees:
             r = self._agreed(rnd, len(u))
-            if largest(top) > largest(r):
+            if top > largest(r):
                 raise ConfigError(f"the agreed scale {float(r[0]):g} is smaller than an entry; agree on max |u_ij|.")
         else:
             r = checked_scale(ops.norms(u), rnd, self._gain(n))
-        place = rnd.permutation(n, "CorrelatedOffset.places")[rnd.slots]
-        shifts = rng.below(rnd.shared("CorrelatedOffset.shifts"), d, n)
+        place, shifts = rnd.shared("CorrelatedOffset.places"), rnd.shared("CorrelatedOffset.shifts")
         private, ties = rnd.draw("CorrelatedOffset.bits"), rnd.draw("CorrelatedOffset.ties")
-        code = ops.encode_strata(
-            u, r, private, ties, self.levels, n, place, shifts, self.steps(n), self._offsets(d, rnd)
-        )
-        return Messages.of(code if self.agrees else joined(as_bytes(r[:, None]), code), rnd, d)
+        offsets, head = self._offsets(d, rnd), not self.agrees
+        code = ops.encode_strata(u, r, private, ties, self.levels, n, place, shifts, self.steps(n), offsets, head)
+        return Messages.of(code, rnd, d)
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         code, r = self._read(msgs, rnd)
@@ -156,24 +164,24 @@ class CorrelatedOffset(Compressor):
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
         return self._mean(msgs, self._offsets(msgs.d, rnd), rnd)
 
-    def _mean(self, msgs: Messages, offsets: Tensor, rnd: Round) -> Vector:
+    def _mean(self, msgs: Messages, offsets: Tensor | Draw, rnd: Round) -> Vector:
         (code, r), n = self._read(msgs, rnd), rnd.cohort
         return kernels.of(code).mean_strata(code, r, n, self.steps(n), offsets, n).float()
 
     def slices(self, d: int, rnd: Round) -> Slices:
         """An own scale in every slice; eight codes take whole bytes. A slice has its own coordinates' offsets."""
-        offsets = self._offsets(d, rnd)
+        drawn = self._offsets(d, rnd)
+        offsets = kernels.of(drawn.slots).halves(drawn, d)[0].to(torch.int32) if isinstance(drawn, Draw) else drawn
         return Slices(
             lambda part, lo: self._mean(part, offsets[lo : lo + part.d], rnd), d, rnd.cohort, grain=8, size=self._bits,
             head=self._start,
         )  # fmt: skip
 
-    def _offsets(self, d: int, rnd: Round) -> Tensor:
-        """(d,) int32: c_j 2^16."""
+    def _offsets(self, d: int, rnd: Round) -> Tensor | Draw:
+        """(d,) int32: c_j 2^16; or the draw of them."""
         if self.offset == "even":
             return torch.zeros(d, dtype=torch.int32, device=rnd.slots.device)
-        draw = rnd.shared("CorrelatedOffset.offsets")
-        return kernels.of(draw.slots).halves(draw, d)[0].to(torch.int32)
+        return rnd.shared("CorrelatedOffset.offsets")
 
     def _agreed(self, rnd: Round, m: int) -> Tensor:
         if rnd.agreed is None:

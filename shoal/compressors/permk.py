@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shoal import rng
 from shoal.compressors.blocks import Dealt, Listed
 from shoal.core import Compressor
 from shoal.errors import ConfigError
@@ -75,7 +76,7 @@ class PermK(Compressor):
         if d >= n:
             return Dealt(rnd.shared("PermK.shifts"), slots, n, d), n
         order = rnd.permutation(d, "PermK.coordinates")
-        owner = rnd.permutation(n, "PermK.owners")[slots]
+        owner = rng.places(rnd.shared("PermK.owners"), n, slots)
         return Listed(order[owner % d], torch.arange(len(slots) + 1, device=slots.device), d), d
 
     def encode(self, u: Rows, rnd: Round) -> Messages:

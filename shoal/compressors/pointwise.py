@@ -55,10 +55,8 @@ class Bernoulli(Unbiased):
 
     def sends(self, slots: Tensor, rnd: Round) -> Tensor:
         """(m,) bool: the slots' coins, which the receiver tosses as well. 64 random bits against ceil(2^64 p)."""
-        high, low = rng.words(rnd.draw("Bernoulli.coin", slots), 2).to(torch.int64).unbind(1)
         # p 2^64 is an exact float, so that the ceiling is exact too.
-        whole, part = divmod(math.ceil(self.p * 2.0**64), 2**32)
-        return (high < whole) | ((high == whole) & (low < part))
+        return rng.coins(rnd.draw("Bernoulli.coin", slots), math.ceil(self.p * 2.0**64))
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u = checked_rows(u, rnd, gain=lambda d: 1.0 / self.p)
@@ -67,21 +65,25 @@ class Bernoulli(Unbiased):
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         values, sends = self._read(msgs, rnd)
+        values = kernels.divided(values.double(), self.p).float()
+        if len(values) == len(sends):
+            return values
         rows = torch.zeros(len(sends), msgs.d, device=values.device)
-        rows[sends] = kernels.divided(values.double(), self.p).float()
+        rows[sends] = values
         return rows
 
     def aggregate(self, msgs: Messages, rnd: Round) -> Vector:
         values, _ = self._read(msgs, rnd)
-        return kernels.divided(kernels.of(values).mean_rows(values, rnd.cohort), self.p).float()
+        return kernels.of(values).mean_rows(values, rnd.cohort, self.p)
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Rows, Tensor]:
         """What the senders sent, in slot order, and who they are."""
         sends = self.sends(msgs.slots, rnd)
         payload = msgs.checked(4 * msgs.d * sends)
-        if not bool(sends.any()):
+        count = int(sends.sum())
+        if count == 0:
             return torch.zeros(0, msgs.d, device=payload.device), sends
-        return finite_floats(payload[sends], 1.0 / self.p), sends
+        return finite_floats(payload if count == len(sends) else payload[sends], 1.0 / self.p), sends
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ def checked_norms(u: Rows, rnd: Round, gain: float) -> Rows:
     Raises NonFiniteError naming the client.
     """
     norms = kernels.of(u).norms(u)
-    bad = ~(norms.double() * gain <= FLOAT_MAX)
-    if bool(bad.any()):
+    if not within(norms, gain):
+        bad = ~(norms.double() * gain <= FLOAT_MAX)
         raise not_finite(bad, rnd, f"a norm of {float(norms[bad][0]):g} overflows float32 times {gain:g}")
     return u
 
@@ -44,7 +44,7 @@ def sign_draws(stream: str, slots: Tensor, rnd: Round, rounds: int) -> list[kern
 
 def checked_back(out: Rows) -> Rows:
     """Rows that were rotated back from received bytes. Raises PayloadError where they overflow."""
-    if not within(kernels.of(out).maxes(out)):
+    if not kernels.of(out).greatest(out) <= FLOAT_MAX:
         raise PayloadError("a received vector overflows float32 when it is rotated back.")
     return out
 

@@ -17,7 +17,7 @@ from shoal import kernels, rng
 from shoal.compressors.blocks import Listed
 from shoal.core import Compressor, Unbiased
 from shoal.errors import ConfigError, PayloadError
-from shoal.messages import Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats, joined
+from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, as_bytes, checked_rows, finite_floats
 
 
 def checked_k(k: int | float, name: str) -> None:
@@ -135,11 +135,8 @@ class TopK(Compressor):
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
         u = checked_rows(u, rnd)
-        d, ops = u.shape[1], kernels.of(u)
-        k = kept(self.k, d, "TopK")
-        index = ops.topk(u, k)
-        values = ops.gather(u, index.reshape(-1), uniform_pointer(u, k), k)
-        return Messages.of(joined(as_bytes(values), ops.pack(index, (d - 1).bit_length())), rnd, d)
+        d = u.shape[1]
+        return Messages.of(kernels.of(u).encode_topk(u, kept(self.k, d, "TopK")), rnd, d)
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         values, index, pointer = self._read(msgs, rnd)
@@ -153,7 +150,9 @@ class TopK(Compressor):
         d, k = msgs.d, kept(self.k, msgs.d, "TopK")
         payload = msgs.checked(self.capacity(rnd.cohort, d))
         ops = kernels.of(payload)
-        index = ops.unpack(payload[:, 4 * k :].contiguous(), k, (d - 1).bit_length())
-        if not ops.ascending(index, d):
+        values, index, good = ops.decode_topk(payload, k, d)
+        if not good:
             raise PayloadError(f"TopK(k={k}): indices must ascend within 0..{d - 1}.")
-        return finite_floats(payload[:, : 4 * k]), index.reshape(-1), uniform_pointer(payload, k)
+        if not ops.greatest(values) <= FLOAT_MAX:
+            raise PayloadError("a value is not finite.")
+        return values, index, uniform_pointer(payload, k)

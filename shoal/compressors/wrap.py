@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -16,15 +17,30 @@ import torch
 from torch import Tensor
 
 from shoal import kernels
-from shoal.compressors.blocks import Dealt, Listed, alike, cut, dealt_bound
+from shoal.compressors.blocks import ALL, Dealt, Listed, alike, cut, dealt_bound, taken
 from shoal.compressors.permk import PermK
 from shoal.compressors.sparse import RandK, kept
 from shoal.core import Compressor, Unbiased
 from shoal.errors import ConfigError, LengthError, PayloadError
 from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, checked_rows, not_finite
+from shoal.messages import joined as in_a_row
 from shoal.theory import AB, independent
 
 PAGE = "docs/derivations/composition.md"
+
+
+@lru_cache(maxsize=64)
+def lengths_of(outer: RandK | PermK, n: int, d: int) -> tuple[int, ...]:
+    """How many of d coordinates each of n clients keeps, in some order."""
+    if isinstance(outer, RandK):
+        return (kept(outer.k, d, "RandK"),) * n
+    return (1,) * n if d < n else tuple(cut(d, n)[1].tolist())
+
+
+@lru_cache(maxsize=64)
+def kinds_of(outer: RandK | PermK, n: int, d: int) -> frozenset[int]:
+    """The numbers of coordinates that occur."""
+    return frozenset(lengths_of(outer, n, d))
 
 
 @dataclass(frozen=True)
@@ -56,18 +72,12 @@ class Composed(Compressor):
         """As the inner one, unless PermK's blocks differ."""
         return isinstance(self.outer, RandK) and self.inner.fixed_length
 
-    def _lengths(self, n: int, d: int) -> list[int]:
-        """The numbers of kept coordinates that occur, one for each client."""
-        if isinstance(self.outer, RandK):
-            return [kept(self.outer.k, d, "RandK")] * n
-        return [1] * n if d < n else [int(size) for size in cut(d, n)[1]]
-
     def _gain(self, n: int, d: int) -> float:
         return d / kept(self.outer.k, d, "RandK") if isinstance(self.outer, RandK) else min(n, d)
 
     def check(self, n: int, d: int) -> None:
         self.outer.check(n, d)
-        for length in set(self._lengths(n, d)):
+        for length in kinds_of(self.outer, n, d):
             self.inner.check(n, length)
 
     @property
@@ -80,7 +90,7 @@ class Composed(Compressor):
 
     def alone(self, n: int, d: int) -> float:
         """(1 + outer's) (1 + omega_inner) - 1, with the largest omega_inner of the lengths that occur."""
-        inner = max(self.inner.omega(length) for length in set(self._lengths(n, d)))
+        inner = max(self.inner.omega(length) for length in kinds_of(self.outer, n, d))
         return self._gain(n, d) * (1.0 + inner) - 1.0
 
     def ab(self, n: int, d: int) -> AB:
@@ -91,18 +101,18 @@ class Composed(Compressor):
         self.check(n, d)
         if isinstance(self.outer, RandK):
             return independent(self.omega(d), n, f"composed, omega = {self.omega(d):.6g} ({PAGE})")
-        ab, lengths = self.outer.ab(n, d), self._lengths(n, d)
+        ab, lengths = self.outer.ab(n, d), lengths_of(self.outer, n, d)
         inner = {b: self.inner.omega(b) for b in set(lengths)}
         more = inner[1] * d / n if d < n else dealt_bound(inner.__getitem__, d, n)
         return AB(ab.a + more, ab.b, source=f"PermK around a quantizer ({PAGE})")
 
     def capacity(self, n: int, d: int) -> int:
         """The inner compressor's, for the longest block."""
-        return max(self.inner.capacity(n, length) for length in set(self._lengths(n, d)))
+        return max(self.inner.capacity(n, length) for length in kinds_of(self.outer, n, d))
 
     def predicted_bits(self, n: int, d: int) -> float:
         """The inner compressor's, averaged over the clients' blocks."""
-        lengths = self._lengths(n, d)
+        lengths = lengths_of(self.outer, n, d)
         return sum(self.inner.predicted_bits(n, length) for length in lengths) / len(lengths)
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
@@ -110,32 +120,45 @@ class Composed(Compressor):
         d, n = u.shape[1], rnd.cohort
         self.check(n, d)
         part, scale = self.outer.support(rnd.slots, d, rnd)
-        values = part.gather(u, max(self._lengths(n, d)))
-        payload = torch.zeros(len(u), self.capacity(n, d), dtype=torch.uint8, device=u.device)
-        nbytes = torch.zeros_like(rnd.slots)
+        values, wide = part.gather(u, max(kinds_of(self.outer, n, d))), self.capacity(n, d)
+        payload, nbytes = None, torch.zeros_like(rnd.slots)
         for rows, (length,) in alike(part.lengths()):
             some = rnd.rows(rows).fork("Composed")
-            sent = self.inner.encode(values[rows, :length].contiguous(), some)
+            sent = self.inner.encode(taken(values, rows, length), some)
             self._check_range(sent, some, scale)
+            if rows is ALL and sent.payload.shape[1] == wide:
+                return Messages(sent.payload, sent.nbytes, rnd.slots, d)
+            if payload is None:
+                payload = torch.zeros(len(u), wide, dtype=torch.uint8, device=u.device)
             payload[rows, : sent.payload.shape[1]] = sent.payload
             nbytes[rows] = sent.nbytes
+        if payload is None:
+            payload = torch.zeros(0, wide, dtype=torch.uint8, device=u.device)
         return Messages.of(payload, rnd, d, nbytes)
 
     def _check_range(self, sent: Messages, rnd: Round, scale: float) -> None:
         """Raise NonFiniteError where what was rounded overflows once it is scaled: a norm can, where no entry does."""
-        top = kernels.of(sent.payload).maxes(self.inner.decode(sent, rnd))
-        bad = ~(top.double() * scale <= FLOAT_MAX)
-        if bool(bad.any()):
+        ops, rows = kernels.of(sent.payload), self.inner.decode(sent, rnd)
+        if not ops.greatest(rows) * scale <= FLOAT_MAX:
+            bad = ~(ops.maxes(rows).double() * scale <= FLOAT_MAX)
             raise not_finite(bad, rnd, f"what {self!r} sends overflows float32")
 
     def _read(self, msgs: Messages, rnd: Round) -> tuple[Tensor, Dealt | Listed, float]:
         d, n = msgs.d, rnd.cohort
         part, scale = self.outer.support(msgs.slots, d, rnd)
-        values = torch.zeros(len(msgs.slots), max(self._lengths(n, d)), device=msgs.payload.device)
+        values, wide, inside = None, max(kinds_of(self.outer, n, d)), rnd.fork("Composed")
         for rows, (length,) in alike(part.lengths()):
-            some = Messages(msgs.payload[rows], msgs.nbytes[rows], msgs.slots[rows], length)
-            values[rows, :length] = self.inner.decode(some, rnd.fork("Composed"))
-        if len(values) and float(kernels.of(values).maxes(values).max()) * scale > FLOAT_MAX:
+            some = msgs if rows is ALL else msgs.rows(rows)
+            read = self.inner.decode(Messages(some.payload, some.nbytes, some.slots, length), inside)
+            if rows is ALL and length == wide:
+                values = read
+                break
+            if values is None:
+                values = torch.zeros(len(msgs.slots), wide, device=msgs.payload.device)
+            values[rows, :length] = read
+        if values is None:
+            values = torch.zeros(0, wide, device=msgs.payload.device)
+        if not kernels.of(values).greatest(values) * scale <= FLOAT_MAX:
             raise PayloadError("a value is not finite once it is scaled.")
         return values, part, scale
 
@@ -295,6 +318,8 @@ class PerLayer(Compressor):
             code.encode(part.contiguous(), rnd.fork(f"PerLayer.{number}"))
             for number, (code, part) in enumerate(zip(self.compressors, u.split(self._sizes(d), 1), strict=True))
         ]
+        if self.fixed_length:
+            return Messages.of(in_a_row(*(msgs.payload for msgs in sent)), rnd, d)
         head = torch.stack([sent[number].nbytes for number in self._prefixed()], 1) if self._prefixed() else None
         payload = torch.zeros(len(u), self.capacity(n, d), dtype=torch.uint8, device=u.device)
         at = torch.zeros_like(rnd.slots)
@@ -309,6 +334,8 @@ class PerLayer(Compressor):
 
     def _split(self, msgs: Messages, rnd: Round) -> list[Messages]:
         """Every layer's messages. Raises LengthError unless the stated lengths are possible and add up."""
+        if self.fixed_length:
+            return self._cut(msgs, rnd)
         payload, (m, wide) = msgs.payload, msgs.payload.shape
         caps, head, home = self._capacities(rnd.cohort, msgs.d), 4 * len(self._prefixed()), payload.device
         if wide < head or bool((msgs.nbytes < head).any()) or bool((msgs.nbytes > wide).any()):
@@ -327,6 +354,14 @@ class PerLayer(Compressor):
             out.append(Messages(part, length.contiguous(), msgs.slots, size))
             at = at + length
         return out
+
+    def _cut(self, msgs: Messages, rnd: Round) -> list[Messages]:
+        """Every layer's messages, where all of them have one length."""
+        caps = self._capacities(rnd.cohort, msgs.d)
+        parts = msgs.checked(sum(caps)).split(caps, 1)
+        inside = rnd if msgs.slots is rnd.slots else replace(rnd, slots=msgs.slots)
+        sizes = self._sizes(msgs.d)
+        return [Messages.of(part.contiguous(), inside, size) for part, size in zip(parts, sizes, strict=True)]
 
     def _layers(self, msgs: Messages, rnd: Round) -> list[tuple[Compressor, Messages, Round]]:
         forks = [rnd.fork(f"PerLayer.{number}") for number in range(len(self.compressors))]

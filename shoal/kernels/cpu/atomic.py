@@ -7,6 +7,7 @@ return before the last call of it has ended: {whether a call returned True, the 
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from llvmlite import ir
@@ -79,6 +80,21 @@ def pause(typing):
         return context.get_dummy_value()
 
     return types.void(), emit
+
+
+@intrinsic
+def clock(typing):
+    """Nanoseconds of a clock that never goes back."""
+
+    def emit(context, b, signature, args):
+        moment = cgutils.alloca_once(b, ir.LiteralStructType([_I64, _I64]))
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32), _PLACE])
+        read = cgutils.get_or_insert_function(b.module, kind, "clock_gettime")
+        b.call(read, [ir.IntType(32)(time.CLOCK_MONOTONIC), b.bitcast(moment, _PLACE)])
+        seconds, rest = (b.load(cgutils.gep_inbounds(b, moment, 0, field)) for field in range(2))
+        return b.add(b.mul(seconds, _I64(10**9)), rest)
+
+    return types.int64(), emit
 
 
 @intrinsic

@@ -10,6 +10,7 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.buffers import ready
+from shoal.kernels.cpu.codes import put_four, take_four
 from shoal.kernels.cpu.lanes import (
     MOST_COUNTED,
     MOST_STRATA,
@@ -23,7 +24,7 @@ from shoal.kernels.cpu.lanes import (
     signs_64,
     strata_256,
 )
-from shoal.kernels.cpu.philox import TILE, copy, fill_below, fill_halves, key, shared_key, unsigned, word
+from shoal.kernels.cpu.philox import TILE, copy, fill_below, fill_halves, key, place_row, shared_key, unsigned, word
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.cpu.vectors import FAR, expect
 from shoal.kernels.draw import Draw
@@ -32,6 +33,7 @@ from shoal.kernels.reference.bits import LIFT, TINY
 V = np.float32(2.0**-24)
 WIDE = 4 * TILE  # coordinates that share a pass of shifts: 16 KiB, and a row's turn costs as much as some hundred bits
 AHEAD = 512  # bytes of a row that are on their way while 64 are counted: of so many rows, none is foreseen
+MOST = float(np.finfo(np.float32).max)
 _MAGIC, _TOP = np.uint64(0x0102040810204080), np.uint64(56)
 
 
@@ -119,7 +121,7 @@ def _encode_bits(u, r, out, start, slots, key, tie, strata, place, given, shared
     """A part as `part` has it. Tile by tile, so that shared shifts are drawn once for all rows."""
     lo, hi, first, last = part(u, long, lo, hi)
     index, stream, k0, k1 = key
-    shift = np.zeros(WIDE if strata > 1 else 1, np.int32)
+    shift, scales = np.zeros(WIDE if strata > 1 else 1, np.int32), r.view(np.uint32)
     pad, sent = np.zeros(256, np.float32), np.zeros(32, np.uint8)
     for at in range(lo, hi, WIDE):
         count = min(WIDE, hi - at)
@@ -129,6 +131,8 @@ def _encode_bits(u, r, out, start, slots, key, tie, strata, place, given, shared
             fill_below(shift[: (count + 63) // 64 * 64], at // 64, shared, strata)
         for i in range(first, last):
             private = (np.uint64(slots[i]), index, stream, k0, k1)
+            if start and at == 0:
+                put_four(out[i], 0, scales[i])
             sends = out[i, start + at // 8 : start + (at + count + 7) // 8]
             _row(u[i, at : at + count], r[i], strata, place[i], shift, at, private, tie, sends, pad, sent)
 
@@ -139,22 +143,20 @@ def encode_bits(
     private: Draw,
     tie: Draw,
     strata: int,
-    place: Tensor,
+    place: Tensor | Draw,
     shifts: Tensor | Draw | None,
     head: bool = False,
 ) -> Tensor:
-    (m, d), start, scales = u.shape, 4 if head else 0, r.numpy()
+    (m, d), start, slots = u.shape, 4 if head else 0, private.slots.numpy()
     out = ready((m, start + (d + 7) // 8), np.uint8)
-    if head:
-        out[:, :4] = scales.view(np.uint8).reshape(m, 4)
     given, shared = NO_SHIFTS, NO_DRAW
     if isinstance(shifts, Draw):
         shared = shared_key(shifts)
     elif strata > 1:
         given = np.zeros(d, np.int32) if shifts is None else shifts.numpy().reshape(-1)
     args = (
-        u.numpy(), scales, out, start, private.slots.numpy(), key(private), unsigned(tie.stream), strata,
-        place.numpy(), given, shared,
+        u.numpy(), r.numpy(), out, start, slots, key(private), unsigned(tie.stream), strata,
+        place_row(place, strata, slots) if isinstance(place, Draw) else place.numpy(), given, shared,
     )  # fmt: skip
     share(_encode_bits, args, m, d)
     return torch.from_numpy(out)
@@ -170,6 +172,21 @@ def share(kernel: Any, args: tuple[Any, ...], m: int, d: int) -> None:
         spread(kernel, (*args, False), m, least=LEAST // d)
     else:
         spread(kernel, (*args, True), d, TILE)
+
+
+@njit(cache=True, nogil=True)
+def _read_scales(payload, gain, most, out):
+    good, bits = True, out.view(np.uint32)
+    for i in range(out.size):
+        bits[i] = take_four(payload[i], 0)
+        good &= out[i] >= np.float32(0) and np.float64(out[i]) * gain <= most
+    return good
+
+
+def read_scales(payload: Tensor, gain: float) -> tuple[Tensor, bool]:
+    out = np.empty(len(payload), np.float32)
+    good = _read_scales(payload.numpy(), gain, MOST, out)
+    return torch.from_numpy(out), good
 
 
 def _rows(payload: Tensor) -> np.ndarray:

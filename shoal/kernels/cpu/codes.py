@@ -112,20 +112,57 @@ def bytes_of(payload: Tensor) -> tuple[np.ndarray, int]:
     return payload.as_strided((span,), (1,)).numpy(), stride
 
 
+@njit(inline="always")
+def put_four(out, at, word):
+    """out[at:at+4] = the word's bytes, from the lowest on."""
+    for b in range(4):
+        out[at + b] = np.uint8((word >> np.uint32(8 * b)) & np.uint32(255))
+
+
+@njit(inline="always")
+def take_four(source, at):
+    """The word that `put_four` wrote."""
+    word = np.uint32(0)
+    for b in range(4):
+        word |= np.uint32(source[at + b]) << np.uint32(8 * b)
+    return np.uint32(word)
+
+
+@njit(inline="always")
+def pack_row(values, out, bits):
+    """out = the numbers, `bits` each, filled with zeros."""
+    held, count, at = np.uint64(0), 0, 0
+    for j in range(values.size):
+        held |= np.uint64(values[j]) << np.uint64(count)
+        count += bits
+        while count >= 8:
+            out[at] = np.uint8(held & np.uint64(0xFF))
+            held >>= np.uint64(8)
+            count -= 8
+            at += 1
+    if count:
+        out[at] = np.uint8(held & np.uint64(0xFF))
+
+
+@njit(inline="always")
+def unpack_row(payload, out, bits):
+    """out = the numbers of `bits` each that the bytes begin with."""
+    mask = np.uint64((1 << bits) - 1)
+    held, count, at = np.uint64(0), 0, 0
+    for j in range(out.size):
+        while count < bits:
+            held |= np.uint64(payload[at]) << np.uint64(count)
+            count += 8
+            at += 1
+        out[j] = np.int64(held & mask)
+        held >>= np.uint64(bits)
+        count -= bits
+
+
 @njit(cache=True, nogil=True)
 def _pack(values, out, bits):
     for i in range(values.shape[0]):
-        held, count, at = np.uint64(0), 0, 0
-        for j in range(values.shape[1]):
-            held |= np.uint64(values[i, j]) << np.uint64(count)
-            count += bits
-            while count >= 8:
-                out[i, at] = np.uint8(held & np.uint64(0xFF))
-                held >>= np.uint64(8)
-                count -= 8
-                at += 1
-        if count:
-            out[i, at] = np.uint8(held & np.uint64(0xFF))
+        pack_row(values[i], out[i], bits)
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
@@ -136,17 +173,8 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 @njit(cache=True, nogil=True)
 def _unpack(payload, out, bits):
-    mask = np.uint64((1 << bits) - 1)
     for i in range(out.shape[0]):
-        held, count, at = np.uint64(0), 0, 0
-        for j in range(out.shape[1]):
-            while count < bits:
-                held |= np.uint64(payload[i, at]) << np.uint64(count)
-                count += 8
-                at += 1
-            out[i, j] = np.int64(held & mask)
-            held >>= np.uint64(bits)
-            count -= bits
+        unpack_row(payload[i], out[i], bits)
 
 
 def unpack(payload: Tensor, count: int, bits: int) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from shoal.kernels.cpu.bits import NO_SHIFTS, V, cell_scale
 from shoal.kernels.cpu.buffers import ready
-from shoal.kernels.cpu.codes import ROOM, SPAN, TRITS, pack_tile, room
+from shoal.kernels.cpu.codes import ROOM, SPAN, TRITS, pack_tile, put_four, room
 from shoal.kernels.cpu.lanes import cells_256
-from shoal.kernels.cpu.philox import copy, fill_halves, key, word
+from shoal.kernels.cpu.philox import below_rows, copy, fill_halves, key, place_row, word
 from shoal.kernels.cpu.tables import decode_table, mean_table
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.draw import Draw
@@ -87,12 +87,14 @@ def _encode_levels(u, r, out, start, slots, index, stream, tie, k0, k1, levels, 
     d = u.shape[1]
     tiles, steps = (d + SPAN - 1) // SPAN, (levels - 1) * strata
     h, code, buffer = np.empty(SPAN, np.int32), np.empty(SPAN, np.uint16), np.empty(ROOM, np.uint8)
-    pad = np.zeros(256, np.float32)
+    pad, scales = np.zeros(256, np.float32), r.view(np.uint32)
     for t in range(low, high):
         i, lo = t // tiles, t % tiles * SPAN
         count, slot, spot = min(SPAN, d - lo), np.uint64(slots[i]), np.int64(place[i])
         x, shift = u[i, lo : lo + count], shifts[lo : lo + count]
         lift, s = cell_scale(r[i], steps)
+        if start and lo == 0:
+            put_four(out[i], 0, scales[i])
         if strata == 1 and steps < NARROW:
             _cells(x, h, code, lo, lift, s, levels, slot, index, stream, tie, k0, k1, pad)
         else:
@@ -113,8 +115,6 @@ def _encoded(
 ) -> Tensor:  # fmt: skip
     m, d = u.shape
     out = ready((m, start + room(d, bits)), np.uint8)
-    if start:
-        out[:, :start] = r.numpy().view(np.uint8).reshape(m, start)
     index, stream, k0, k1 = key(private)
     head = (u.numpy(), r.numpy(), out, start, private.slots.numpy(), index, stream, np.uint64(tie.stream), k0, k1)
     tail = (levels, strata, place, shifts, bits)
@@ -129,14 +129,19 @@ def encode_levels(
     tie: Draw,
     levels: int,
     strata: int = 1,
-    place: Tensor | None = None,
-    shifts: Tensor | None = None,
+    place: Tensor | Draw | None = None,
+    shifts: Tensor | Draw | None = None,
     head: bool = False,
 ) -> Tensor:
-    shift = NO_SHIFTS if shifts is None else shifts.numpy().reshape(-1)
-    if shifts is None and strata > 1:
-        shift = np.zeros(u.shape[1], np.int32)
-    spot = np.zeros(len(u), np.int64) if place is None else place.numpy()
+    (m, d), shift = u.shape, NO_SHIFTS
+    if isinstance(shifts, Draw):
+        shift = below_rows(shifts, d, strata)[0]
+    elif strata > 1:
+        shift = np.zeros(d, np.int32) if shifts is None else shifts.numpy().reshape(-1)
+    if isinstance(place, Draw):
+        spot = place_row(place, strata, private.slots.numpy())
+    else:
+        spot = np.zeros(m, np.int64) if place is None else place.numpy()
     return _encoded(u, r, private, tie, levels, (levels - 1).bit_length(), strata, spot, shift, 4 if head else 0)
 
 

@@ -150,15 +150,54 @@ def words(draw: Draw, d: int) -> Tensor:
     return torch.from_numpy(word_rows(draw, d))
 
 
-def halves(draw: Draw, d: int) -> Tensor:
-    out = np.empty((len(draw.slots), d), np.uint16)
+def half_rows(draw: Draw, d: int, dtype: type) -> np.ndarray:
+    """`halves`, for other kernels."""
+    out = ready((draw.slots.shape[0], d), dtype)
     _halves(out, draw.slots.numpy(), *key(draw))
-    return torch.from_numpy(out)
+    return out
+
+
+def halves(draw: Draw, d: int) -> Tensor:
+    return torch.from_numpy(half_rows(draw, d, np.uint16))
+
+
+def below_rows(draw: Draw, d: int, n: int) -> np.ndarray:
+    """`below`, for other kernels."""
+    out = ready((len(draw.slots), d), np.int32)
+    spread(_below, (out, draw.slots.numpy(), *key(draw), n), d, TILE)
+    return out
 
 
 def below(draw: Draw, d: int, n: int) -> Tensor:
-    out = ready((len(draw.slots), d), np.int32)
-    spread(_below, (out, draw.slots.numpy(), *key(draw), n), d, TILE)
+    return torch.from_numpy(below_rows(draw, d, n))
+
+
+@njit(cache=True, nogil=True)
+def _coins(out, slots, index, stream, k0, k1, high, low):
+    for i in range(out.size):
+        slot = np.uint64(slots[i])
+        first = word(0, slot, index, stream, k0, k1)
+        out[i] = first < high or (first == high and word(1, slot, index, stream, k0, k1) < low)
+
+
+def coins(draw: Draw, odds: int) -> Tensor:
+    out = np.empty(draw.slots.shape[0], np.bool_)
+    _coins(out, draw.slots.numpy(), *key(draw), np.uint64(odds >> 32), np.uint64(odds & 0xFFFFFFFF))
+    return torch.from_numpy(out)
+
+
+@njit(cache=True, nogil=True)
+def _centered(words, out):
+    for i in range(words.shape[0]):
+        for j in range(words.shape[1]):
+            w = np.int32(words[i, j] >> np.uint32(8))
+            out[i, j] = np.float32(np.int32(2 * w + 1 - (1 << 24))) * np.float32(2.0**-24)
+
+
+def symmetric(draw: Draw, d: int) -> Tensor:
+    words = word_rows(draw, d)
+    out = words.view(np.float32)
+    _centered(words, out)
     return torch.from_numpy(out)
 
 
@@ -177,6 +216,27 @@ def permutation(draw: Draw, d: int) -> Tensor:
     out = np.empty(d, np.int64)
     _permutation(out, *shared_key(draw))
     return torch.from_numpy(out)
+
+
+@njit(cache=True, nogil=True)
+def _places(out, slots, n, slot, index, stream, k0, k1):
+    order = np.empty(n, np.int64)
+    _permutation(order, slot, index, stream, k0, k1)
+    for i in range(out.size):
+        if not 0 <= slots[i] < n:
+            raise IndexError("a slot lies beyond the permutation")
+        out[i] = order[slots[i]]
+
+
+def place_row(draw: Draw, n: int, slots: np.ndarray) -> np.ndarray:
+    """`places`, for other kernels."""
+    out = np.empty(slots.size, np.int64)
+    _places(out, slots, n, *shared_key(draw))
+    return out
+
+
+def places(draw: Draw, n: int, slots: Tensor) -> Tensor:
+    return torch.from_numpy(place_row(draw, n, slots.numpy()))
 
 
 @njit(cache=True, nogil=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.rotation import add_pieces
+from shoal.kernels.cpu.sums import added_lanes
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.cpu.vectors import add_products, split_64
 from shoal.kernels.reference.sums import SUM_BLOCK
@@ -16,28 +17,31 @@ from shoal.kernels.reference.sums import SUM_BLOCK
 PASS = 64  # coordinates that are coded together: a whole number of bytes for any number of bits
 
 
+@njit(inline="always")
+def coded_signs(row, first, last, to, lanes, room):
+    """to = the signs of row[first:last] from a whole byte on; the sum of their magnitudes."""
+    lanes[:] = 0.0
+    for j in range(first, last, PASS):
+        count = min(PASS, last - j)
+        if count == PASS:
+            bits = split_64(row, j, lanes)
+        else:
+            room[:] = 0
+            for a in range(count):
+                room[a] = row[j + a]
+            bits = split_64(room, 0, lanes) & ((np.uint64(1) << np.uint64(count)) - np.uint64(1))
+        for b in range((count + 7) // 8):
+            to[j // 8 + b] = np.uint8((bits >> np.uint64(8 * b)) & np.uint64(255))
+    return added_lanes(lanes)
+
+
 @njit(cache=True, nogil=True)
 def _signs(y, code, sums, lo, hi):
     d, lanes, room = y.shape[1], np.empty(16), np.empty(PASS, np.float32)
     pieces = (d + SUM_BLOCK - 1) // SUM_BLOCK
     for q in range(lo, hi):
-        row, to, first = y[q // pieces], code[q // pieces], q % pieces * SUM_BLOCK
-        last = min(d, first + SUM_BLOCK)
-        lanes[:] = 0.0
-        for j in range(first, last, PASS):
-            count = min(PASS, last - j)
-            if count == PASS:
-                bits = split_64(row, j, lanes)
-            else:
-                room[:] = 0
-                room[:count] = row[j:last]
-                bits = split_64(room, 0, lanes) & ((np.uint64(1) << np.uint64(count)) - np.uint64(1))
-            for b in range((count + 7) // 8):
-                to[j // 8 + b] = np.uint8((bits >> np.uint64(8 * b)) & np.uint64(255))
-        total = lanes[0]
-        for lane in range(1, 16):
-            total += lanes[lane]
-        sums[q] = total
+        first = q % pieces * SUM_BLOCK
+        sums[q] = coded_signs(y[q // pieces], first, min(d, first + SUM_BLOCK), code[q // pieces], lanes, room)
 
 
 def encode_signs(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,28 +81,32 @@ def _pack(code, bits, count, to, at):
             to[first + b] = np.uint8((held >> np.uint64(8 * b)) & np.uint64(255))
 
 
+@njit(inline="always")
+def coded_points(row, first, last, factor, edges, table, bits, to, lanes, some, room):
+    """to = the numbers of the points nearest to row[first:last] from a whole byte on; the sum of the products."""
+    (x, q), (z, code) = some, room
+    lanes[:] = 0.0
+    for j in range(first, last, PASS):
+        count = min(PASS, last - j)
+        for a in range(PASS):
+            x[a] = row[j + a] if a < count else np.float32(0)
+        _numbers(x, factor, edges, code, z)
+        for a in range(PASS):
+            q[a] = table[code[a]]
+        add_products(x, 0, q, 0, lanes)
+        _pack(code, bits, count, to, j // 8 * bits)
+    return added_lanes(lanes)
+
+
 @njit(cache=True, nogil=True)
 def _points(y, factor, edges, table, bits, out, sums, lo, hi):
     d, lanes = y.shape[1], np.empty(16)
     pieces = (d + SUM_BLOCK - 1) // SUM_BLOCK
-    x, q, z, code = np.empty(PASS, np.float32), np.empty(PASS, np.float32), np.empty(PASS), np.empty(PASS, np.int64)
-    for piece in range(lo, hi):
-        i, first = piece // pieces, piece % pieces * SUM_BLOCK
+    some, room = (np.empty(PASS, np.float32), np.empty(PASS, np.float32)), (np.empty(PASS), np.empty(PASS, np.int64))
+    for q in range(lo, hi):
+        i, first = q // pieces, q % pieces * SUM_BLOCK
         last = min(d, first + SUM_BLOCK)
-        lanes[:] = 0.0
-        for j in range(first, last, PASS):
-            count = min(PASS, last - j)
-            for a in range(PASS):
-                x[a] = y[i, j + a] if a < count else np.float32(0)
-            _numbers(x, factor[i], edges, code, z)
-            for a in range(PASS):
-                q[a] = table[code[a]]
-            add_products(x, 0, q, 0, lanes)
-            _pack(code, bits, count, out[i], j // 8 * bits)
-        total = lanes[0]
-        for lane in range(1, 16):
-            total += lanes[lane]
-        sums[piece] = total
+        sums[q] = coded_points(y[i], first, last, factor[i], edges, table, bits, out[i], lanes, some, room)
 
 
 def encode_points(y: Tensor, factor: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,19 +118,25 @@ def encode_points(y: Tensor, factor: Tensor, table: Tensor) -> tuple[Tensor, Ten
     return torch.from_numpy(out), torch.from_numpy(add_pieces(sums))
 
 
+@njit(inline="always")
+def read_points(sent, values, bits, to, lo, hi):
+    """to[lo:hi] = the values that the numbers name, lo a multiple of 8."""
+    mask = np.uint64((1 << bits) - 1)
+    for j in range(lo, hi, 8):
+        held, first = np.uint64(0), j // 8 * bits
+        for b in range(min(bits, sent.size - first)):
+            held |= np.uint64(sent[first + b]) << np.uint64(8 * b)
+        for a in range(min(8, hi - j)):
+            to[j + a] = values[(held >> np.uint64(a * bits)) & mask]
+
+
 @njit(cache=True, nogil=True)
 def _decode(payload, scale, table, bits, out, lo, hi):
-    mask, values = np.uint64(table.size - 1), np.empty(table.size, np.float32)
+    values = np.empty(table.size, np.float32)
     for i in range(out.shape[0]):
-        sent, to = payload[i], out[i]
         for c in range(table.size):
             values[c] = table[c] * scale[i]
-        for j in range(lo, hi, 8):
-            held, first = np.uint64(0), j // 8 * bits
-            for b in range(min(bits, sent.size - first)):
-                held |= np.uint64(sent[first + b]) << np.uint64(8 * b)
-            for a in range(min(8, hi - j)):
-                to[j + a] = values[(held >> np.uint64(a * bits)) & mask]
+        read_points(payload[i], values, bits, out[i], lo, hi)
 
 
 def decode_points(payload: Tensor, scale: Tensor, table: Tensor, d: int) -> Tensor:

@@ -8,6 +8,7 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.buffers import ready
+from shoal.kernels.cpu.codes import pack_row, put_four, take_four, unpack_row
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.cpu.vectors import keep_16
 
@@ -176,17 +177,57 @@ def topk(u: Tensor, k: int) -> Tensor:
     return torch.from_numpy(out)
 
 
+@njit(inline="always")
+def _write(row, index, bits, out):
+    """out = the entries at these coordinates, then the coordinates."""
+    k = index.size
+    for c in range(k):
+        put_four(out, 4 * c, row[index[c]])
+    pack_row(index, out[4 * k :], bits)
+
+
 @njit(cache=True, nogil=True)
-def _ascending(index, d):
-    for i in range(index.shape[0]):
-        row, good, last = index[i], True, np.int64(-1)
-        for j in range(row.size):
-            good &= row[j] > last
-            last = row[j]
-        if not good or last >= d:
-            return False
-    return True
+def _written(rows, index, bits, out):
+    for i in range(rows.shape[0]):
+        _write(rows[i], index[i], bits, out[i])
 
 
-def ascending(index: Tensor, d: int) -> bool:
-    return _ascending(index.numpy(), d)
+@njit(cache=True, nogil=True)
+def _encode(rows, k, bits, out, lo, hi):
+    """Rows lo..hi-1, each at once."""
+    index = np.empty((1, k), np.int64)
+    for i in range(lo, hi):
+        _rows(rows[i : i + 1], index, 0, 1)
+        _write(rows[i], index[0], bits, out[i])
+
+
+def encode_topk(u: Tensor, k: int) -> Tensor:
+    (m, d), rows = u.shape, u.numpy().view(np.uint32)
+    bits = (d - 1).bit_length()
+    out = ready((m, 4 * k + (k * bits + 7) // 8), np.uint8)
+    if d < 2 * PIECE:
+        spread(_encode, (rows, k, bits, out), m, least=LEAST // d)
+    else:
+        _written(rows, topk(u, k).numpy(), bits, out)
+    return torch.from_numpy(out)
+
+
+@njit(cache=True, nogil=True)
+def _decode(payload, bits, d, values, index):
+    (m, k), good = values.shape, True
+    for i in range(m):
+        sent, row = payload[i], index[i]
+        for c in range(k):
+            values[i, c] = take_four(sent, 4 * c)
+        unpack_row(sent[4 * k :], row, bits)
+        for c in range(1, k):
+            good &= row[c] > row[c - 1]
+        good &= row[k - 1] < d
+    return good
+
+
+def decode_topk(payload: Tensor, k: int, d: int) -> tuple[Tensor, Tensor, bool]:
+    m = len(payload)
+    values, index = ready((m, k), np.uint32), ready((m, k), np.int64)
+    good = _decode(payload.numpy(), (d - 1).bit_length(), d, values, index)
+    return torch.from_numpy(values.view(np.float32)), torch.from_numpy(index.reshape(-1)), good

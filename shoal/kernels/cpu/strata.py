@@ -9,34 +9,67 @@ from torch import Tensor
 
 from shoal.kernels.cpu.bits import V, cell_scale
 from shoal.kernels.cpu.buffers import ready
-from shoal.kernels.cpu.codes import pack
-from shoal.kernels.cpu.philox import TILE, fill_halves, key, word
+from shoal.kernels.cpu.codes import ROOM, SPAN, pack_tile, put_four, room
+from shoal.kernels.cpu.philox import below_rows, fill_halves, half_rows, key, place_row, unsigned, word
+from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.draw import Draw
 
 
+@njit
+def _codes(x, h, shift, offset, spot, lift, s, steps, strata, levels, code):
+    """The codes of x but for the second word; how many coordinates tie."""
+    base, width, ties = steps * 32768, strata * 65536, 0
+    inverse = 1.0 / np.float64(width)
+    for j in range(x.size):
+        p = spot + np.int64(shift[j])
+        p = p - strata if p >= strata else p
+        y = np.int64(np.floor((x[j] * lift) * s)) + base + np.int64(offset[j])
+        # The product may round to the integer beyond: what is left over says so.
+        whole = np.int64(np.floor(np.float64(y) * inverse))
+        left = y - whole * width
+        over = np.int64(left >= width) - np.int64(left < 0)
+        t = left - over * width - (p << 16)
+        ties += h[j] == t
+        code[j] = np.uint16(min(max(whole + over + np.int64(h[j] < t), 0), levels - 1))
+    return ties
+
+
+@njit
+def _settle(x, h, code, lo, shift, offset, spot, lift, s, steps, strata, levels, slot, key, tie):
+    """Decide the coordinates that tie by their second word."""
+    base, width, (index, _, k0, k1) = steps * 32768, strata * 65536, key
+    for j in range(x.size):
+        z = (x[j] * lift) * s
+        cell = np.floor(z)
+        y = np.int64(cell) + base + np.int64(offset[j])
+        whole = y // width
+        if h[j] == y - whole * width - ((spot + np.int64(shift[j])) % strata << 16):
+            up = np.float32(word(lo + j, slot, index, tie, k0, k1) >> np.uint64(8)) * V < z - cell
+            code[j] = np.uint16(min(max(whole + np.int64(up), 0), levels - 1))
+
+
 @njit(cache=True, nogil=True)
-def _encode_strata(u, r, out, slots, index, stream, tie, k0, k1, levels, strata, place, shifts, steps, offset):
-    m, d = u.shape
-    h = np.empty(TILE, np.int32)
-    base, width = steps * 32768, strata * 65536
-    for i in range(m):
-        slot, spot = np.uint64(slots[i]), np.int64(place[i])
+def _encode_strata(u, r, out, start, slots, key, tie, levels, strata, place, shifts, steps, offset, bits, low, high):
+    """Tiles low..high-1 of all rows."""
+    d, (index, stream, k0, k1), scales = u.shape[1], key, r.view(np.uint32)
+    h, code, buffer = np.empty(SPAN, np.int32), np.empty(SPAN, np.uint16), np.empty(ROOM, np.uint8)
+    tiles = (d + SPAN - 1) // SPAN
+    for t in range(low, high):
+        i, lo = t // tiles, t % tiles * SPAN
+        count, slot, spot = min(SPAN, d - lo), np.uint64(slots[i]), np.int64(place[i])
+        x, shift, begins = u[i, lo : lo + count], shifts[lo : lo + count], offset[lo : lo + count]
         lift, s = cell_scale(r[i], steps)
-        for lo in range(0, d, TILE):
-            count = min(TILE, d - lo)
-            fill_halves(h[: (count + 127) // 128 * 128], lo // 128, slot, index, stream, k0, k1)
-            for j in range(count):
-                z = (u[i, lo + j] * lift) * s
-                cell = np.floor(z)
-                p = spot + np.int64(shifts[lo + j])
-                p = p - strata if p >= strata else p
-                y = np.int64(cell) + base + np.int64(offset[lo + j])
-                whole = y // width
-                t = y - whole * width - (p << 16)
-                up = h[j] < t
-                if h[j] == t:
-                    up = np.float32(word(lo + j, slot, index, tie, k0, k1) >> np.uint64(8)) * V < z - cell
-                out[i, lo + j] = min(max(whole + np.int64(up), 0), levels - 1)
+        if start and lo == 0:
+            put_four(out[i], 0, scales[i])
+        fill_halves(h[: (count + 127) // 128 * 128], lo // 128, slot, index, stream, k0, k1)
+        if _codes(x, h, shift, begins, spot, lift, s, steps, strata, levels, code):
+            _settle(x, h, code, lo, shift, begins, spot, lift, s, steps, strata, levels, slot, key, tie)
+        at = start + room(lo, bits)
+        pack_tile(code, count, out[i, at : at + room(count, bits)], buffer, bits)
+
+
+def _offsets(offset: Tensor | Draw, d: int) -> np.ndarray:
+    return half_rows(offset, d, np.int32)[0] if isinstance(offset, Draw) else offset.numpy()
 
 
 def encode_strata(
@@ -46,18 +79,20 @@ def encode_strata(
     tie: Draw,
     levels: int,
     strata: int,
-    place: Tensor,
-    shifts: Tensor,
+    place: Tensor | Draw,
+    shifts: Tensor | Draw,
     steps: int,
-    offset: Tensor,
+    offset: Tensor | Draw,
+    head: bool = False,
 ) -> Tensor:
-    code = ready(u.shape, np.int64)
-    index, stream, k0, k1 = key(private)
-    _encode_strata(
-        u.numpy(), r.numpy(), code, private.slots.numpy(), index, stream, np.uint64(tie.stream), k0, k1, levels, strata,
-        place.numpy(), shifts.numpy().reshape(-1), steps, offset.numpy(),
-    )  # fmt: skip
-    return pack(torch.from_numpy(code), (levels - 1).bit_length())
+    (m, d), bits, slots, start = u.shape, (levels - 1).bit_length(), private.slots.numpy(), 4 if head else 0
+    out = ready((m, start + room(d, bits)), np.uint8)
+    spot = place_row(place, strata, slots) if isinstance(place, Draw) else place.numpy()
+    shift = below_rows(shifts, d, strata)[0] if isinstance(shifts, Draw) else shifts.numpy().reshape(-1)
+    rows = (u.numpy(), r.numpy(), out, start, slots, key(private), unsigned(tie.stream))
+    args = (*rows, levels, strata, spot, shift, steps, _offsets(offset, d), bits)
+    spread(_encode_strata, args, m * -(-d // SPAN), least=LEAST // SPAN)
+    return torch.from_numpy(out)
 
 
 @njit(inline="always")
@@ -75,9 +110,9 @@ def _decode_strata(code, r, out, strata, steps, offset):
             out[i, j] = np.float32(point(code[i, j], ri, strata, steps, offset[j]))
 
 
-def decode_strata(code: Tensor, r: Tensor, strata: int, steps: int, offset: Tensor) -> Tensor:
+def decode_strata(code: Tensor, r: Tensor, strata: int, steps: int, offset: Tensor | Draw) -> Tensor:
     out = ready(code.shape, np.float32)
-    _decode_strata(code.numpy(), r.numpy(), out, strata, steps, offset.numpy())
+    _decode_strata(code.numpy(), r.numpy(), out, strata, steps, _offsets(offset, code.shape[1]))
     return torch.from_numpy(out)
 
 
@@ -92,7 +127,7 @@ def _mean_strata(code, r, out, strata, steps, offset, cohort):
         out[j] /= cohort
 
 
-def mean_strata(code: Tensor, r: Tensor, strata: int, steps: int, offset: Tensor, cohort: int) -> Tensor:
+def mean_strata(code: Tensor, r: Tensor, strata: int, steps: int, offset: Tensor | Draw, cohort: int) -> Tensor:
     out = np.empty(code.shape[1])
-    _mean_strata(code.numpy(), r.numpy(), out, strata, steps, offset.numpy(), cohort)
+    _mean_strata(code.numpy(), r.numpy(), out, strata, steps, _offsets(offset, code.shape[1]), cohort)
     return torch.from_numpy(out)

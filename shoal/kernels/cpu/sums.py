@@ -10,6 +10,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.lanes import add_squares_16, add_squares_256
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.reference.sums import LANES, SUM_BLOCK
@@ -79,25 +80,48 @@ def norms(u: Tensor) -> Tensor:
     return torch.from_numpy(out)
 
 
+@njit(inline="always")
+def _top(block):
+    """The bits of the largest magnitude: NaNs have an order there."""
+    top = np.uint32(0)
+    for j in range(block.size):
+        top = max(top, block[j] & np.uint32(0x7FFFFFFF))
+    return top
+
+
 @njit(cache=True, nogil=True)
 def _maxes(u, blocks, out, lo, hi):
     bits, largest = u.view(np.uint32), out.view(np.uint32)
     for k in range(lo, hi):
-        top, first = np.uint32(0), k % blocks * SUM_BLOCK
-        block = bits[k // blocks, first : min(first + SUM_BLOCK, bits.shape[1])]
-        for j in range(block.size):
-            top = max(top, block[j] & np.uint32(0x7FFFFFFF))
-        largest[k] = top
+        first = k % blocks * SUM_BLOCK
+        largest[k] = _top(bits[k // blocks, first : min(first + SUM_BLOCK, bits.shape[1])])
+
+
+def _row_maxes(u: np.ndarray) -> np.ndarray:
+    """(m,) float32: the largest magnitudes."""
+    (m, d), blocks = u.shape, -(-u.shape[1] // SUM_BLOCK)
+    out = np.empty(m * blocks, np.float32)
+    spread(_maxes, (u, blocks, out), m * blocks, least=LEAST // min(d, SUM_BLOCK))
+    return out if blocks == 1 else out.view(np.uint32).reshape(m, blocks).max(1).view(np.float32)
 
 
 def maxes(u: Tensor) -> Tensor:
-    m, d = u.shape
-    blocks = -(-d // SUM_BLOCK)
-    out = np.empty(m * blocks, np.float32)
-    spread(_maxes, (u.numpy(), blocks, out), m * blocks, least=LEAST // min(d, SUM_BLOCK))
-    if blocks > 1:  # by their bits, as NaNs have an order there
-        out = out.view(np.uint32).reshape(m, blocks).max(1).view(np.float32)
-    return torch.from_numpy(out)
+    return torch.from_numpy(_row_maxes(u.numpy()))
+
+
+@njit(cache=True, nogil=True)
+def _greatest(u):
+    top, bits = np.uint32(0), u.view(np.uint32)
+    for i in range(u.shape[0]):
+        top = max(top, _top(bits[i]))
+    return np.uint32(top).view(np.float32)
+
+
+def greatest(u: Tensor) -> float:
+    rows = u.numpy()
+    if rows.size < 2 * LEAST:
+        return float(_greatest(rows))
+    return float(_row_maxes(rows).view(np.uint32).max().view(np.float32))
 
 
 def square_norm(x: Tensor) -> float:
@@ -117,16 +141,26 @@ def _add_rows(u, total, lo, hi):
                 sums[j] += np.float64(row[j])
 
 
-def _add(u: np.ndarray, total: np.ndarray) -> None:
-    spread(_add_rows, (u, total), total.size, TOGETHER, LEAST // max(len(u), 1))
-
-
 def add_rows(u: Tensor, total: Tensor) -> None:
-    _add(u.numpy(), total.numpy())
+    spread(_add_rows, (u.numpy(), total.numpy()), total.shape[0], TOGETHER, LEAST // max(len(u), 1))
 
 
-def mean_rows(u: Tensor, cohort: int) -> Tensor:
-    total = np.zeros(u.shape[1])
-    _add(u.numpy(), total)
-    total /= cohort
-    return torch.from_numpy(total)
+@njit(cache=True, nogil=True)
+def _mean_rows(u, mean, cohort, share, lo, hi):
+    room = np.empty(TOGETHER)
+    for first in range(lo, hi, TOGETHER):
+        sums = room[: min(TOGETHER, hi - first)]
+        sums[:] = 0.0
+        for i in range(u.shape[0]):
+            row = u[i, first : first + sums.size]
+            for j in range(sums.size):
+                sums[j] += np.float64(row[j])
+        for j in range(sums.size):
+            mean[first + j] = np.float32(sums[j] / cohort / share)
+
+
+def mean_rows(u: Tensor, cohort: int, share: float = 1.0) -> Tensor:
+    mean = ready(u.shape[1], np.float32)
+    args = (u.numpy(), mean, cohort, float(share))
+    spread(_mean_rows, args, mean.size, TOGETHER, LEAST // max(len(u), 1))
+    return torch.from_numpy(mean)

@@ -13,6 +13,7 @@ two Python threads enter it at once.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import threading
 import time
@@ -25,18 +26,22 @@ import numpy as np
 import torch
 from numba import njit, types
 
-from shoal.kernels.cpu.atomic import add, call, load, outcome, pause, store, take, task
+from shoal.kernels.cpu.atomic import add, call, clock, load, outcome, pause, store, take, task
 
 LEAST = 1 << 16  # coordinates a thread from which on another one that is awake gains more than it costs
 WAKE = 8  # times as many, in all, from which on it pays to wake one
 PIECES = 4  # a thread: who comes late leaves the others the rest
-LINGER = 300e-6  # seconds for which a thread watches the board before it sleeps
+LINGER, AWAY = 300_000, 100_000  # nanoseconds: how long a thread watches the board; how long it may be kept from it
+NAP = np.uint32(50)  # microseconds
 _TURN = 64  # looks at the board, after which a thread lets others have the core if there are any
 
 # Words of the board, those that many threads write on lines of the cache of their own.
 TICKET, OWNED, INSIDE, SEATS, NEXT = 0, 8, 16, 24, 32
-SERIAL, FUNCTION, RECORD, SIZE, STEP, OVER, WORDS = 40, 41, 42, 43, 44, 48, 56
+SERIAL, FUNCTION, RECORD, SIZE, STEP, CORE, OVER, WORDS = 40, 41, 42, 43, 44, 45, 48, 56
 _give_way = types.ExternalFunction("sched_yield", types.int32())
+_nap = types.ExternalFunction("usleep", types.int32(types.uint32))
+_KNOWN = hasattr(ctypes.CDLL(None), "sched_getcpu")  # not every system says which core a thread is on
+_which = types.ExternalFunction("sched_getcpu" if _KNOWN else "sched_yield", types.int32())
 
 
 @njit(cache=True, nogil=True)
@@ -58,6 +63,7 @@ def _share(board, function, record, size, step, seats):
         return
     board[SERIAL] += 1
     board[FUNCTION], board[RECORD], board[SIZE], board[STEP] = function, record, size, step
+    board[CORE] = _which() if _KNOWN else -1
     store(board, SEATS, seats)
     store(board, NEXT, 0)
     store(board, TICKET, board[SERIAL])
@@ -73,37 +79,42 @@ def _share(board, function, record, size, step, seats):
 
 
 @njit(cache=True, nogil=True)
-def _watch(board, last, looks):
-    """Take part in every task but `last`, until there was none for so many looks at the board: the last of them."""
-    idle = 0
-    while idle < looks and load(board, OVER) == 0:
+def _watch(board, last):
+    """Take part in every task but `last`, until there is none for `LINGER`, or this core is not free: the last task.
+
+    On its caller's core a thread gains nothing, and does nothing. Whoever wakes up is put on a core that is free, if
+    there is one: so it naps once, and then sleeps, as it does where others had its core meanwhile.
+    """
+    turns, since, napped = 0, 0, 0
+    while load(board, OVER) == 0:
         ticket = load(board, TICKET)
-        if ticket == 0 or ticket == last:
-            pause()
-            idle += 1
-            if idle % _TURN == 0:
-                _give_way()
+        if ticket != 0 and ticket != last:
+            if _KNOWN and _which() == board[CORE]:
+                if napped == ticket:
+                    return ticket
+                napped = ticket
+                _nap(NAP)
+                continue
+            add(board, INSIDE, 1)
+            if load(board, TICKET) == ticket:  # and stays: the caller closes the task, then waits for those inside
+                if add(board, SEATS, -1) > 0:
+                    _pieces(board)
+                last = ticket
+            add(board, INSIDE, -1)
+        pause()
+        turns += 1
+        if turns % _TURN:
             continue
-        add(board, INSIDE, 1)
-        if load(board, TICKET) == ticket:  # and stays: the caller closes the task, then waits for those inside
-            if add(board, SEATS, -1) > 0:
-                _pieces(board)
-            last = ticket
-        add(board, INSIDE, -1)
-        idle = 0
+        began = clock()
+        _give_way()
+        now = clock()
+        if ticket != 0:  # whose task it was is still at work
+            since = 0
+        elif since == 0:
+            since = now
+        if now - began > AWAY or (since > 0 and now - since > LINGER):
+            break
     return last
-
-
-def _looks() -> int:
-    """How many looks at an empty board take `LINGER`."""
-    board, some = np.zeros(WORDS, np.int64), 16 * _TURN
-    _watch(board, 0, 1)
-    took = []
-    for _ in range(5):
-        began = time.perf_counter()
-        _watch(board, 0, some)
-        took.append(time.perf_counter() - began)
-    return int(some * LINGER / min(took))
 
 
 class Crew:
@@ -115,19 +126,20 @@ class Crew:
         self.asleep: deque[threading.Lock] = deque()  # the bells of those who sleep
         self.called = 0.0  # when there was a task last
 
-    def serve(self, looks: int) -> None:
+    def serve(self) -> None:
         bell, last = threading.Lock(), 0
         bell.acquire()
         while True:
-            last = _watch(self.board, last, looks)
-            self.asleep.append(bell)
-            bell.acquire()
+            last = _watch(self.board, last)
+            if self.board[TICKET] in (0, last):  # else a caller came who took this thread to be awake
+                self.asleep.append(bell)
+                bell.acquire()
 
     def call(self, most: int, large: bool) -> int:
         """How many threads there are to help, at most so many; started and woken for a task that is `large`, or
         follows on the last."""
         last, self.called = self.called, time.perf_counter()
-        if not large and self.called - last > LINGER:
+        if not large and self.called - last > LINGER / 1e9:
             return min(most, self.size - len(self.asleep))
         if self.size < most and self.size < (os.cpu_count() or 1):
             self.grow(min(most, os.cpu_count() or 1))
@@ -140,10 +152,9 @@ class Crew:
 
     def grow(self, size: int) -> None:
         with self.growing:
-            looks = _looks()
             while self.size < size:
                 name = f"shoal-kernels-{self.size}"
-                threading.Thread(target=self.serve, args=(looks,), name=name, daemon=True).start()
+                threading.Thread(target=self.serve, name=name, daemon=True).start()
                 self.size += 1
 
     def dismiss(self) -> None:

@@ -1,4 +1,4 @@
-"""What DRIVE sends: the signs of a rotated row and the sums for its scale, without the rotated row in memory.
+"""What DRIVE sends of long rows: the signs of a rotated row and the sums for its scale, without that row in memory.
 
 The last stages of the transform are followed by the signs while their coordinates are in registers. Padding is not
 even written: up to the last pass its blocks are zeros, whose signs neither bits nor sums can tell.
@@ -14,7 +14,6 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.buffers import ready
-from shoal.kernels.cpu.lookup import put_word
 from shoal.kernels.cpu.points import encode_signs
 from shoal.kernels.cpu.rotation import (
     BLOCK,
@@ -27,32 +26,12 @@ from shoal.kernels.cpu.rotation import (
     piece,
     rotate_padded,
     sign_words,
-    small,
 )
 from shoal.kernels.cpu.sums import added_lanes
 from shoal.kernels.cpu.threads import LEAST, spread
-from shoal.kernels.cpu.vectors import last_2, last_4, last_8, last_16, split_64
+from shoal.kernels.cpu.vectors import last_2, last_4, last_8, last_16
 from shoal.kernels.draw import Draw
 from shoal.kernels.reference.sums import SUM_BLOCK
-
-
-@njit(cache=True, nogil=True)
-def _rows(u, signs, scale, size, code, sums, squares, lo, hi):
-    """Rows lo..hi-1 of one block each."""
-    x, room, lanes = np.empty(size, np.float32), np.empty(LEAF, np.float32), np.empty(16)
-    for i in range(lo, hi):
-        row, to = u[i], code[i]
-        if squares.size:
-            squares[i, 0] = piece(row, row, 0, lanes)
-        own = signs[i % signs.shape[0]]
-        if size < LEAF:
-            small(row, row, row.size, own, True, scale, x)
-        else:
-            block(row, row, row.size, 0, own, True, scale, x, room)
-        lanes[:] = 0.0
-        for j in range(0, size, 64):
-            put_word(to, j // 8, split_64(x, j, lanes))
-        sums[i, 0] = added_lanes(lanes)
 
 
 @njit(cache=True, nogil=True)
@@ -90,7 +69,7 @@ def _last(x, stride, full, code, sums, lo, hi):
 
 
 def _turned(u: np.ndarray, signs: np.ndarray, code: np.ndarray, sums: np.ndarray, squares: np.ndarray) -> None:
-    """Rows of several blocks. What is padding alone is left out: of the rows of the last pass, `full` are read."""
+    """What is padding alone is left out: of the rows of the last pass, `full` are read."""
     (m, d), size, stride = u.shape, 8 * code.shape[1], BLOCK
     while 16 * stride < size:
         stride *= 16
@@ -106,18 +85,13 @@ def _turned(u: np.ndarray, signs: np.ndarray, code: np.ndarray, sums: np.ndarray
 
 
 def rotate_signs(u: Tensor, draws: Sequence[Draw], size: int) -> tuple[Tensor, Tensor, Tensor]:
-    if size < 64:
+    if size <= BLOCK:
         return *encode_signs(rotate_padded(u, draws, size)), dots(u, u)
     (m, d), square = u.shape, None
     if len(draws) > 1:
         square, u = dots(u, u), rotate_padded(u, draws[:-1], size)
     code, sums = ready((m, size // 8), np.uint8), np.empty((m, -(-size // SUM_BLOCK)))
     squares = np.empty((m, -(-d // SUM_BLOCK) if square is None else 0))
-    rows, signs = u.numpy(), sign_words(draws[-1], size)
-    if size <= BLOCK:
-        factor = np.float32(size**-0.5)
-        spread(_rows, (rows, signs, factor, size, code, sums, squares), m, least=LEAST // size)
-    else:
-        _turned(rows, signs, code, sums, squares)
+    _turned(u.numpy(), sign_words(draws[-1], size), code, sums, squares)
     square = torch.from_numpy(add_pieces(squares)) if square is None else square
     return torch.from_numpy(code), torch.from_numpy(add_pieces(sums)), square

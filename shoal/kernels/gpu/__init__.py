@@ -10,14 +10,21 @@ from collections.abc import Callable
 from typing import Any
 
 from shoal.kernels import reference
-from shoal.kernels.gpu.bits import decode_bits, encode_bits, mean_bits, sign_bits
+from shoal.kernels.gpu.bits import decode_bits, encode_bits, mean_bits, read_scales, sign_bits
 from shoal.kernels.gpu.dealt import dealt_lengths, gather_dealt, mean_dealt, scatter_dealt
 from shoal.kernels.gpu.hosted import hosted
 from shoal.kernels.gpu.levels import decode_levels, decode_trits, encode_levels, encode_trits, mean_levels, mean_trits
 from shoal.kernels.gpu.lowrank import outer
 from shoal.kernels.gpu.packing import pack, pack_trits, unpack, unpack_trits
-from shoal.kernels.gpu.philox import below, halves, words
-from shoal.kernels.gpu.points import decode_points, encode_points, encode_signs, rotate_signs
+from shoal.kernels.gpu.philox import below, coins, halves, symmetric, words
+from shoal.kernels.gpu.points import (
+    decode_points,
+    decode_turned,
+    encode_points,
+    encode_signs,
+    encode_turned,
+    rotate_signs,
+)
 from shoal.kernels.gpu.pointwise import (
     decode_natural,
     decode_natural_levels,
@@ -27,9 +34,9 @@ from shoal.kernels.gpu.pointwise import (
     mean_natural_levels,
 )
 from shoal.kernels.gpu.rotation import hadamard, rotate, rotate_back, rotate_padded, rotate_padded_back
-from shoal.kernels.gpu.sparse import ascending, gather, mean_sparse, scatter, topk
+from shoal.kernels.gpu.sparse import decode_topk, encode_topk, gather, mean_sparse, scatter, topk
 from shoal.kernels.gpu.strata import decode_strata, encode_strata, mean_strata
-from shoal.kernels.gpu.sums import add_rows, dots, maxes, mean_abs, mean_rows, norms, square_norm
+from shoal.kernels.gpu.sums import add_rows, dots, greatest, maxes, mean_abs, mean_rows, norms, square_norm
 
 __all__ = reference.__all__
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.kernels.draw import Draw
+from shoal.kernels.gpu.hosted import hosted
 from shoal.kernels.gpu.launch import KEY, TILE, headed, inner, key, launch, tiles
 from shoal.kernels.gpu.philox import below_tile, halves_tile, tile_of, words_tile
 from shoal.kernels.reference.bits import LIFT, TINY
@@ -87,10 +88,11 @@ def encode_bits(
     private: Draw,
     tie: Draw,
     strata: int,
-    place: Tensor,
+    place: Tensor | Draw,
     shifts: Tensor | Draw | None,
     head: bool = False,
 ) -> Tensor:
+    place = hosted("places")(place, strata, private.slots) if isinstance(place, Draw) else place
     (m, d), across, drawn = u.shape, tiles(u.shape[1]), isinstance(shifts, Draw)
     (lift, s), (out, body) = cell_scale(r, strata), headed(r, tiles(d, 8), head)
     rows = (u.contiguous(), lift, s, body, private.slots.contiguous(), place.contiguous())
@@ -101,6 +103,12 @@ def encode_bits(
     what = DRAWN if drawn else GIVEN if shifts is not None else 0
     launch(_encode_bits, m * across, u.device, *rows, *lot, SHIFTED=what, SIZE=TILE)
     return out
+
+
+def read_scales(payload: Tensor, gain: float) -> tuple[Tensor, bool]:
+    r = payload[:, :4].clone(memory_format=torch.contiguous_format).view(torch.float32)[:, 0]
+    good = (r >= 0) & (r.double() * gain <= torch.finfo(torch.float32).max)
+    return r, bool(good.all())
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Kernels that stay on the host: their inputs are copied there, their results back.
 
-`permutation`, `support`, `encode_entropy`, `decode_entropy` and the orthogonal columns of `low_rank` are chains of
-dependent steps, which one core runs faster than one thread of a GPU. `fold_codes` and `unfold_codes` stand beside a
-network that reads the host's memory.
+`permutation`, `places`, `support`, `encode_entropy`, `decode_entropy` and the orthogonal columns of `low_rank` are
+chains of dependent steps, which one core runs faster than one thread of a GPU. `fold_codes` and `unfold_codes` stand
+beside a network that reads the host's memory.
 """
 
 from __future__ import annotations

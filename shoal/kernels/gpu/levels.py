@@ -12,8 +12,10 @@ from torch import Tensor
 
 from shoal.kernels.draw import Draw
 from shoal.kernels.gpu.bits import ADDED, below, cell_scale, floored, stratum
+from shoal.kernels.gpu.hosted import hosted
 from shoal.kernels.gpu.launch import KEY, TILE, headed, inner, key, launch, tiles
 from shoal.kernels.gpu.packing import digit, field, pack_trits, store_packed
+from shoal.kernels.gpu.philox import below as draw_below
 from shoal.kernels.gpu.philox import halves_tile, tile_of
 
 
@@ -73,10 +75,12 @@ def encode_levels(
     tie: Draw,
     levels: int,
     strata: int = 1,
-    place: Tensor | None = None,
-    shifts: Tensor | None = None,
+    place: Tensor | Draw | None = None,
+    shifts: Tensor | Draw | None = None,
     head: bool = False,
 ) -> Tensor:
+    place = hosted("places")(place, strata, private.slots) if isinstance(place, Draw) else place
+    shifts = draw_below(shifts, u.shape[1], strata) if isinstance(shifts, Draw) else shifts
     bits = (levels - 1).bit_length()
     out, body = headed(r, tiles(u.shape[1] * bits, 8), head)
     rounded(u, r, body, private, tie, levels, strata, (levels - 1) * strata, place, shifts, None, bits)

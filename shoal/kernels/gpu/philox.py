@@ -97,6 +97,16 @@ def halves(draw: Draw, d: int) -> Tensor:
     return _drawn(draw, 0, d, 1).view(torch.uint16)
 
 
+def coins(draw: Draw, odds: int) -> Tensor:
+    (high, low), (whole, part) = words(draw, 2).to(torch.int64).unbind(1), divmod(odds, 2**32)
+    return (high < whole) | ((high == whole) & (low < part))
+
+
+def symmetric(draw: Draw, d: int) -> Tensor:
+    w = words(draw, d).to(torch.int64) >> 8
+    return (2 * w + 1 - 2**24).to(torch.float32) * 2.0**-24
+
+
 def below(draw: Draw, d: int, n: int) -> Tensor:
     return _drawn(draw, 0, d, 2, n)
 

@@ -10,12 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.kernels.draw import Draw
-from shoal.kernels.gpu.bits import sign_bits
+from shoal.kernels.gpu.bits import decode_bits, sign_bits
 from shoal.kernels.gpu.launch import TILE, inner, launch, tiles
 from shoal.kernels.gpu.packing import field, store_packed
 from shoal.kernels.gpu.philox import tile_of
-from shoal.kernels.gpu.rotation import rotate_padded
+from shoal.kernels.gpu.rotation import rotate_padded, rotate_padded_back
 from shoal.kernels.gpu.sums import dots, sums
+from shoal.kernels.reference.turned import Part, Steps, read_in_steps, sent_in_steps
 
 
 def encode_signs(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,3 +66,21 @@ def decode_points(payload: Tensor, scale: Tensor, table: Tensor, d: int) -> Tens
     rows = (payload, scale.contiguous(), table.contiguous(), out, payload.stride(0), d, tiles(d * bits, 8), across)
     launch(_decode_points, len(payload) * across, out.device, *rows, BITS=bits, SIZE=TILE)
     return out
+
+
+STEPS = Steps(
+    rotate_padded, rotate_padded_back, rotate_signs, encode_signs, encode_points, decode_bits, decode_points, dots,
+    lambda parts: torch.cat(parts, 1),
+)  # fmt: skip
+
+
+def encode_turned(
+    u: Tensor, draws: Sequence[Draw], size: int, parts: Sequence[Part], least: bool
+) -> tuple[Tensor, Tensor]:
+    return sent_in_steps(STEPS, u, draws, size, parts, least)
+
+
+def decode_turned(
+    payload: Tensor, scale: Tensor, draws: Sequence[Draw], size: int, parts: Sequence[Part], d: int
+) -> Tensor:
+    return read_in_steps(STEPS, payload, scale, draws, size, parts, d)

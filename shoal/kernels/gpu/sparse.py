@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.kernels.gpu.launch import TILE, constant, inner, launch, tiles
+from shoal.kernels.gpu.packing import pack, unpack
 from shoal.kernels.gpu.philox import tile_of
 
 
@@ -85,6 +86,13 @@ def topk(u: Tensor, k: int) -> Tensor:
     return kept.nonzero()[:, 1].reshape(len(u), k)
 
 
-def ascending(index: Tensor, d: int) -> bool:
-    inside = (index[:, 0] >= 0) & (index[:, -1] < d)
-    return bool(inside.all() & (index[:, 1:] > index[:, :-1]).all())
+def encode_topk(u: Tensor, k: int) -> Tensor:
+    index = topk(u, k)
+    return torch.cat([u.gather(1, index).view(torch.uint8), pack(index, (u.shape[1] - 1).bit_length())], 1)
+
+
+def decode_topk(payload: Tensor, k: int, d: int) -> tuple[Tensor, Tensor, bool]:
+    values = payload[:, : 4 * k].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    index = unpack(payload[:, 4 * k :], k, (d - 1).bit_length())
+    good = (index[:, -1] < d).all() & (index[:, 1:] > index[:, :-1]).all()
+    return values, index.reshape(-1), bool(good)

@@ -9,9 +9,14 @@ from torch import Tensor
 
 from shoal.kernels.draw import Draw
 from shoal.kernels.gpu.bits import ADDED
+from shoal.kernels.gpu.hosted import hosted
 from shoal.kernels.gpu.launch import TILE, headed, launch, tiles
 from shoal.kernels.gpu.levels import rounded
-from shoal.kernels.gpu.philox import tile_of
+from shoal.kernels.gpu.philox import below, halves, tile_of
+
+
+def _offsets(offset: Tensor | Draw, d: int) -> Tensor:
+    return halves(offset, d)[0].to(torch.int32) if isinstance(offset, Draw) else offset
 
 
 def encode_strata(
@@ -21,14 +26,17 @@ def encode_strata(
     tie: Draw,
     levels: int,
     strata: int,
-    place: Tensor,
-    shifts: Tensor,
+    place: Tensor | Draw,
+    shifts: Tensor | Draw,
     steps: int,
-    offset: Tensor,
+    offset: Tensor | Draw,
+    head: bool = False,
 ) -> Tensor:
+    place = hosted("places")(place, strata, private.slots) if isinstance(place, Draw) else place
+    shifts = below(shifts, u.shape[1], strata) if isinstance(shifts, Draw) else shifts
     bits = (levels - 1).bit_length()
-    out, _ = headed(r, tiles(u.shape[1] * bits, 8), False)
-    rounded(u, r, out, private, tie, levels, strata, steps, place, shifts, offset, bits)
+    out, body = headed(r, tiles(u.shape[1] * bits, 8), head)
+    rounded(u, r, body, private, tie, levels, strata, steps, place, shifts, _offsets(offset, u.shape[1]), bits)
     return out
 
 
@@ -49,10 +57,19 @@ def _decode_strata(code, r, offset, out, d, across, strata, steps, SIZE: tl.cons
     tl.store(out + i * d + j, value.to(tl.float32), mask=j < d)
 
 
-def decode_strata(code: Tensor, r: Tensor, strata: int, steps: int, offset: Tensor) -> Tensor:
+def decode_strata(code: Tensor, r: Tensor, strata: int, steps: int, offset: Tensor | Draw) -> Tensor:
     (m, d), across = code.shape, tiles(code.shape[1])
     out = torch.empty((m, d), device=code.device)
-    rows = (code.contiguous(), r.contiguous(), offset.contiguous(), out, d, across, strata, steps)
+    rows = (
+        code.contiguous(),
+        r.contiguous(),
+        _offsets(offset, code.shape[1]).contiguous(),
+        out,
+        d,
+        across,
+        strata,
+        steps,
+    )
     launch(_decode_strata, m * across, out.device, *rows, SIZE=TILE)
     return out
 
@@ -67,9 +84,19 @@ def _mean_strata(code, r, offset, out, m, d, strata, steps, cohort, SIZE: tl.con
     tl.store(out + j, total / cohort.to(tl.float64), mask=j < d)
 
 
-def mean_strata(code: Tensor, r: Tensor, strata: int, steps: int, offset: Tensor, cohort: int) -> Tensor:
+def mean_strata(code: Tensor, r: Tensor, strata: int, steps: int, offset: Tensor | Draw, cohort: int) -> Tensor:
     m, d = code.shape
     out = torch.empty(d, dtype=torch.float64, device=code.device)
-    rows = (code.contiguous(), r.contiguous(), offset.contiguous(), out, m, d, strata, steps, cohort)
+    rows = (
+        code.contiguous(),
+        r.contiguous(),
+        _offsets(offset, code.shape[1]).contiguous(),
+        out,
+        m,
+        d,
+        strata,
+        steps,
+        cohort,
+    )
     launch(_mean_strata, tiles(d, ADDED), out.device, *rows, SIZE=ADDED)
     return out

@@ -102,6 +102,10 @@ def maxes(u: Tensor) -> Tensor:
     return out.amax(1).view(torch.float32)
 
 
+def greatest(u: Tensor) -> float:
+    return maxes(u).view(torch.int32).max().view(torch.float32).item() if u.numel() else 0.0
+
+
 @triton.jit(do_not_specialize=("m", "cohort"))
 def _add_rows(u, total, m, d, cohort, SIZE: tl.constexpr):
     j = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
@@ -117,8 +121,8 @@ def add_rows(u: Tensor, total: Tensor) -> None:
     launch(_add_rows, tiles(d, ADDED), u.device, u.contiguous(), total, m, d, 1, SIZE=ADDED)
 
 
-def mean_rows(u: Tensor, cohort: int) -> Tensor:
+def mean_rows(u: Tensor, cohort: int, share: float = 1.0) -> Tensor:
     m, d = u.shape
     total = torch.zeros(d, dtype=torch.float64, device=u.device)
     launch(_add_rows, tiles(d, ADDED), u.device, u.contiguous(), total, m, d, cohort, SIZE=ADDED)
-    return total
+    return divided(total, share).float()

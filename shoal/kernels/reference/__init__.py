@@ -5,7 +5,7 @@ end in a message or in an iterate are summed in float64 in a fixed order, so tha
 beside it, on the chunking or on the number of threads.
 """
 
-from shoal.kernels.reference.bits import decode_bits, encode_bits, mean_bits, sign_bits
+from shoal.kernels.reference.bits import decode_bits, encode_bits, mean_bits, read_scales, sign_bits
 from shoal.kernels.reference.codes import pack, pack_trits, unpack, unpack_trits
 from shoal.kernels.reference.dealt import dealt_lengths, gather_dealt, mean_dealt, scatter_dealt
 from shoal.kernels.reference.entropy import decode_entropy, encode_entropy
@@ -18,7 +18,7 @@ from shoal.kernels.reference.levels import (
     mean_trits,
 )
 from shoal.kernels.reference.lowrank import low_rank, outer
-from shoal.kernels.reference.philox import below, halves, permutation, support, words
+from shoal.kernels.reference.philox import below, coins, halves, permutation, places, support, symmetric, words
 from shoal.kernels.reference.pointwise import (
     decode_natural,
     decode_natural_levels,
@@ -38,15 +38,16 @@ from shoal.kernels.reference.rotation import (
     rotate_padded_back,
     rotate_signs,
 )
-from shoal.kernels.reference.sparse import ascending, gather, mean_sparse, scatter, topk
+from shoal.kernels.reference.sparse import decode_topk, encode_topk, gather, mean_sparse, scatter, topk
 from shoal.kernels.reference.strata import decode_strata, encode_strata, mean_strata
-from shoal.kernels.reference.sums import add_rows, dots, maxes, mean_abs, mean_rows, norms, square_norm
+from shoal.kernels.reference.sums import add_rows, dots, greatest, maxes, mean_abs, mean_rows, norms, square_norm
 from shoal.kernels.reference.sums_of_codes import fold_codes, unfold_codes
+from shoal.kernels.reference.turned import decode_turned, encode_turned
 
 __all__ = [
     "add_rows",
-    "ascending",
     "below",
+    "coins",
     "dealt_lengths",
     "decode_bits",
     "decode_entropy",
@@ -55,7 +56,9 @@ __all__ = [
     "decode_natural_levels",
     "decode_points",
     "decode_strata",
+    "decode_topk",
     "decode_trits",
+    "decode_turned",
     "dots",
     "encode_bits",
     "encode_entropy",
@@ -65,10 +68,13 @@ __all__ = [
     "encode_points",
     "encode_signs",
     "encode_strata",
+    "encode_topk",
     "encode_trits",
+    "encode_turned",
     "fold_codes",
     "gather",
     "gather_dealt",
+    "greatest",
     "hadamard",
     "halves",
     "low_rank",
@@ -88,6 +94,8 @@ __all__ = [
     "pack",
     "pack_trits",
     "permutation",
+    "places",
+    "read_scales",
     "rotate",
     "rotate_back",
     "rotate_padded",
@@ -98,6 +106,7 @@ __all__ = [
     "sign_bits",
     "square_norm",
     "support",
+    "symmetric",
     "topk",
     "unfold_codes",
     "unpack",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.draw import Draw
-from shoal.kernels.reference.philox import below_array, half_array, word_array
+from shoal.kernels.reference.philox import below_array, half_array, places, word_array
 from shoal.kernels.reference.sums import total_of
 
 TINY = np.float32(2.0**-80)  # below this scale a row is multiplied by LIFT first, so that no quotient overflows
@@ -41,7 +41,7 @@ def encode_bits(
     private: Draw,
     tie: Draw,
     strata: int,
-    place: Tensor,
+    place: Tensor | Draw,
     shifts: Tensor | Draw | None,
     head: bool = False,
 ) -> Tensor:
@@ -49,12 +49,13 @@ def encode_bits(
 
     U_ij = (place_ij + u_ij) / strata with place_ij = (place_i + shifts_j) mod strata and u_ij private, uniform on
     [0, 1) with 40 bits. strata = 1 is independent rounding. A row with r = 0 gives fair bits.
-    A draw stands for below(shifts, d, strata), which a kernel may draw piece by piece. With `head` a row starts with
-    r_i, little-endian.
+    Draws stand for below(shifts, d, strata), which a kernel may draw piece by piece, and places(place, strata, slots)
+    with the slots of `private`. With `head` a row starts with r_i, little-endian.
     """
     d = u.shape[1]
     cell, frac = cells(u, r, strata)
     shifts = torch.from_numpy(below_array(shifts, d, strata)) if isinstance(shifts, Draw) else shifts
+    place = places(place, strata, private.slots) if isinstance(place, Draw) else place
     spot = place.numpy().astype(np.int64)[:, None] + (0 if shifts is None else shifts.numpy().astype(np.int64))
     t = cell + strata * 32768 - (spot % strata) * 65536
     bits = decided(half_array(private, d), t, word_array(tie, d), frac)
@@ -76,6 +77,15 @@ def mean_bits(payload: Tensor, r: Tensor, d: int, cohort: int) -> Tensor:
     """(d,) float32: (1/cohort) sum_i (±r_i), in float64 from row 0 to row m-1, then rounded."""
     total = total_of(_signs(payload, d) * r.numpy()[:, None].astype(np.float64))
     return torch.from_numpy((total / cohort).astype(np.float32))
+
+
+def read_scales(payload: Tensor, gain: float) -> tuple[Tensor, bool]:
+    """(m,) float32: the scales that rows begin with, little-endian; and whether none is negative, and `gain` times each
+    is finite in float32."""
+    r = payload.numpy()[:, :4].copy().view("<f4")[:, 0]
+    with np.errstate(over="ignore"):
+        good = (r >= 0) & (r.astype(np.float64) * gain <= np.finfo(np.float32).max)
+    return torch.from_numpy(r), bool(good.all())
 
 
 def headed(r: Tensor, code: Tensor) -> Tensor:

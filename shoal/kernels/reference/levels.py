@@ -9,7 +9,7 @@ from torch import Tensor
 from shoal.kernels.draw import Draw
 from shoal.kernels.reference.bits import cells, decided, headed
 from shoal.kernels.reference.codes import pack, pack_trits, unpack, unpack_trits
-from shoal.kernels.reference.philox import half_array, word_array
+from shoal.kernels.reference.philox import below, half_array, places, word_array
 from shoal.kernels.reference.sums import total_of
 
 
@@ -20,16 +20,18 @@ def encode_levels(
     tie: Draw,
     levels: int,
     strata: int = 1,
-    place: Tensor | None = None,
-    shifts: Tensor | None = None,
+    place: Tensor | Draw | None = None,
+    shifts: Tensor | Draw | None = None,
     head: bool = False,
 ) -> Tensor:
     """(m, ceil(d b / 8)) uint8: each coordinate rounded to a neighbor on `levels` grid points over [-r, r].
 
     code = floor(y) + [U < frac(y)], y = (u + r) (levels - 1) / (2 r), b = ceil(log2 levels) bits each, with the U of
     `encode_bits`: uniform on [0, 1), and in the stratum (place_i + shifts_j) mod strata of it. With `head`, the four
-    bytes of r_i stand before them.
+    bytes of r_i stand before them. Draws stand for what they stand for there.
     """
+    place = places(place, strata, private.slots) if isinstance(place, Draw) else place
+    shifts = below(shifts, u.shape[1], strata) if isinstance(shifts, Draw) else shifts
     code = _rounded(u, r, private, tie, levels, strata, place, shifts)
     packed = pack(torch.from_numpy(code), (levels - 1).bit_length())
     return headed(r, packed) if head else packed

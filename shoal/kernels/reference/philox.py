@@ -73,6 +73,23 @@ def permutation(draw: Draw, d: int) -> Tensor:
     return torch.from_numpy(out)
 
 
+def coins(draw: Draw, odds: int) -> Tensor:
+    """(m,) bool: heads for odds / 2^64 of all pairs of the row's first two words, the first of them the upper one."""
+    pairs = word_array(draw, 2).tolist()
+    return torch.tensor([high << 32 | low < odds for high, low in pairs], dtype=torch.bool)
+
+
+def symmetric(draw: Draw, d: int) -> Tensor:
+    """(m, d) float32: odd multiples of 2^-24 in (-1, 1), uniform: 2^-23 floor(word / 2^8) + 2^-24 - 1."""
+    w = (word_array(draw, d) >> np.uint32(8)).astype(np.int64)
+    return torch.from_numpy((2 * w + 1 - 2**24).astype(np.float32) * np.float32(2.0**-24))
+
+
+def places(draw: Draw, n: int, slots: Tensor) -> Tensor:
+    """(m,) int64: the entries of `permutation` of 0..n-1 at these slots. Raises IndexError for a slot beyond."""
+    return permutation(draw, n).index_select(0, slots)
+
+
 def support(draw: Draw, d: int, k: int) -> Tensor:
     """(m, k) int64, ascending: a uniform k-subset of 0..d-1 for every row (Floyd's algorithm, word c for the c-th)."""
     w = word_array(draw, k).astype(np.uint64)

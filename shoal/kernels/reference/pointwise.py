@@ -36,7 +36,7 @@ def mean_natural(payload: Tensor, d: int, cohort: int) -> tuple[Tensor, bool]:
     """(d,) float32: (1/cohort) sum_i of these powers in float64, from row 0 to row m-1. And the same check."""
     rows, bad = decode_natural(payload, d)
     with np.errstate(invalid="ignore"):  # infinities of both signs, where an exponent is 255
-        return mean_rows(rows, cohort).float(), bad
+        return mean_rows(rows, cohort), bad
 
 
 def encode_natural_levels(u: Tensor, r: Tensor, private: Draw, levels: int) -> Tensor:
@@ -73,4 +73,4 @@ def decode_natural_levels(payload: Tensor, r: Tensor, levels: int, d: int) -> tu
 def mean_natural_levels(payload: Tensor, r: Tensor, levels: int, d: int, cohort: int) -> tuple[Tensor, bool]:
     """(d,) float32: (1/cohort) sum_i of these rows in float64, from row 0 to row m-1. And the same check."""
     rows, beyond = decode_natural_levels(payload, r, levels, d)
-    return mean_rows(rows, cohort).float(), beyond
+    return mean_rows(rows, cohort), beyond

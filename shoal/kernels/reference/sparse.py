@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.kernels.reference.codes import pack, unpack
+
 
 def gather(u: Tensor, index: Tensor, pointer: Tensor, width: int) -> Tensor:
     """(m, width) float32: row i holds u[i, index[pointer[i]:pointer[i+1]]], then zeros."""
@@ -39,7 +41,17 @@ def topk(u: Tensor, k: int) -> Tensor:
     return torch.from_numpy(np.sort(order, axis=1))
 
 
-def ascending(index: Tensor, d: int) -> bool:
-    """Whether the numbers of every row, (m, k) int64 with k >= 1, ascend within 0..d-1, none twice."""
-    rows = index.numpy()
-    return bool((rows[:, 0] >= 0).all() and (np.diff(rows, axis=1) > 0).all() and (rows[:, -1] < d).all())
+def encode_topk(u: Tensor, k: int) -> Tensor:
+    """(m, 4 k + ceil(k b / 8)) uint8: the entries at `topk`, float32, then these coordinates in b = ceil(log2 d) bits
+    each."""
+    index = topk(u, k)
+    return torch.cat([u.gather(1, index).view(torch.uint8), pack(index, (u.shape[1] - 1).bit_length())], 1)
+
+
+def decode_topk(payload: Tensor, k: int, d: int) -> tuple[Tensor, Tensor, bool]:
+    """((m, k) float32, (m k,) int64, good): what `encode_topk` wrote; good is whether the coordinates of every row
+    ascend within 0..d-1, none twice."""
+    values = payload[:, : 4 * k].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    rows = unpack(payload[:, 4 * k :].contiguous(), k, (d - 1).bit_length()).numpy()
+    good = (np.diff(rows, axis=1) > 0).all() and (rows[:, -1] < d).all()
+    return values, torch.from_numpy(rows).reshape(-1), bool(good)

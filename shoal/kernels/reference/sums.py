@@ -37,6 +37,11 @@ def maxes(u: Tensor) -> Tensor:
     return torch.from_numpy(bits.max(1).view(np.float32))
 
 
+def greatest(u: Tensor) -> float:
+    """max_ij |u_ij| of all rows; a NaN or infinity among them is returned as such, 0 if there are no numbers."""
+    return float(maxes(u).numpy().view(np.uint32).max().view(np.float32)) if u.numel() else 0.0
+
+
 def square_norm(x: Tensor) -> float:
     """||x||^2 of one float64 vector, in the lanes' order."""
     return float(_lane_sums(x.numpy()[None] ** 2)[0])
@@ -56,11 +61,11 @@ def add_rows(u: Tensor, total: Tensor) -> None:
         total.numpy()[:] += row
 
 
-def mean_rows(u: Tensor, cohort: int) -> Tensor:
-    """(d,) float64: (1/cohort) sum_i u_i, from row 0 to row m-1."""
+def mean_rows(u: Tensor, cohort: int, share: float = 1.0) -> Tensor:
+    """(d,) float32: ((1/cohort) sum_i u_i) / share, in float64 from row 0 to row m-1, then rounded."""
     total = torch.zeros(u.shape[1], dtype=torch.float64)
     add_rows(u, total)
-    return total / cohort
+    return (total / cohort / share).float()
 
 
 def mean_abs(u: Tensor) -> Tensor:
