@@ -65,6 +65,13 @@ class Compressor(ABC):
         """
         return 8.0 * self.capacity(n, d) + (32.0 if self.agrees else 0.0)
 
+    def peeled(self, u: Rows, rnd: Round) -> tuple[Compressor, Rows, Round]:
+        """(Q, v, its round): what `prepare` and `encode` do with u is what those of Q do with v.
+
+        For whoever calls both, and need not make v twice.
+        """
+        return self, u, rnd
+
     def prepare(self, u: Rows, rnd: Round) -> Tensor:
         """(m,) float32: what each client brings to the agreement (only where `agrees`)."""
         raise NotImplementedError

@@ -133,7 +133,7 @@ def test_lines():
         ([(1.0, 0.9, 0, 2)], 1.0),  # two ranks on two cores: as timed
         ([(1.5, 0.9, 0, 2)], 1.5),  # the slowest of them
         ([(1.0, 0.9, 0, 2)] * 3, 1.8),  # four ranks on two cores: 3.6 seconds of work
-        ([(1.0, 0.9, 1, 2)] * 3, 1.0),  # on other machines
+        ([(1.0, 0.9, 1, 2), (1.0, 0.9, 2, 2)], 1.0),  # each on a machine of its own
         ([(1.0, 0.9, 1, 1)] * 3, 2.7),  # three of them on one core
     ],
 )

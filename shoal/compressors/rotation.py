@@ -199,17 +199,20 @@ class Rotated(Conditional):
         """Those of `inner`."""
         return self.inner.predicted_bits(n, d)
 
-    def _rotated(self, u: Rows, rnd: Round) -> Rows:
+    def peeled(self, u: Rows, rnd: Round) -> tuple[Compressor, Rows, Round]:
+        """`inner`, and the rotated rows. Raises NonFiniteError."""
         # d times the norm bounds what any of the compressors makes of a rotated row, there and back.
         u = checked_norms(checked_rows(u, rnd), rnd, float(u.shape[1]))
-        return rotate(u, rng.SHARED if self.shared else rnd.slots, rnd)
+        return self.inner, rotate(u, rng.SHARED if self.shared else rnd.slots, rnd), rnd.fork("Rotated")
 
     def prepare(self, u: Rows, rnd: Round) -> Tensor:
         """What `inner` brings, of the rotated rows."""
-        return self.inner.prepare(self._rotated(u, rnd), rnd.fork("Rotated"))
+        inner, rows, own = self.peeled(u, rnd)
+        return inner.prepare(rows, own)
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        return self.inner.encode(self._rotated(u, rnd), rnd.fork("Rotated"))
+        inner, rows, own = self.peeled(u, rnd)
+        return inner.encode(rows, own)
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         rows = self.inner.decode(msgs, rnd.fork("Rotated"))

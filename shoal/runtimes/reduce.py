@@ -155,13 +155,15 @@ def reduce(channel: Channel, code: Compressor, u: Vector, rnd: Round, fit: bool 
         if not fit:
             client = int(rnd.clients[0])
             raise NonFiniteError(f"client {client}, round {rnd.index}: a NaN or an infinity.", [client])
-        scalar = code.prepare(row, rnd) if code.agrees else None
+        inner, rows, own = code.peeled(row, rnd)
+        scalar = inner.prepare(rows, own) if code.agrees else None
     if scalar is not None:
         asked = time.perf_counter()
         rnd = replace(rnd, agreed=channel.agree(scalar, rnd))
+        own = replace(own, agreed=rnd.agreed)
         waited = time.perf_counter() - asked
     with _told(channel, rnd):
-        sent = code.encode(row, rnd)
+        sent = inner.encode(rows, own)
     encoding = time.perf_counter() - began - waited
     return Reduced(channel.mean(sent, code, rnd), sent, rnd, encoding)
 
