@@ -15,7 +15,7 @@ import pytest
 import torch
 import zoo
 
-from shoal import kernels
+from shoal import kernels, rng
 from shoal.compressors import QSGD, Correlated, Independent, PermK, RandK, TopK
 from shoal.compressors.blocks import dealt_bound
 from shoal.compressors.correlated import exact_error
@@ -220,8 +220,8 @@ def permk_rounds(n, d, monkeypatch):
             yield Round(0, 0, n, ids, ids, n)
     else:
         for order, owner in itertools.product(itertools.permutations(range(d)), itertools.permutations(range(n))):
-            given = {"PermK.coordinates": order, "PermK.owners": owner}
-            monkeypatch.setattr(Round, "permutation", lambda self, d, name, given=given: torch.tensor(given[name]))
+            monkeypatch.setattr(Round, "permutation", lambda self, d, name, order=order: torch.tensor(order))
+            monkeypatch.setattr(rng, "places", lambda draw, n, slots, owner=owner: torch.tensor(owner)[slots])
             yield Round(0, 0, n, ids, ids, n)
 
 
