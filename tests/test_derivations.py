@@ -15,8 +15,8 @@ import pytest
 import torch
 import zoo
 
-from shoal import kernels, rng
-from shoal.compressors import QSGD, Correlated, Independent, PermK, RandK, TopK
+from shoal import kernels
+from shoal.compressors import QSGD, Correlated, Independent, PermK, RandK, TopK, permk
 from shoal.compressors.blocks import dealt_bound
 from shoal.compressors.correlated import exact_error
 from shoal.kernels import reference
@@ -221,7 +221,7 @@ def permk_rounds(n, d, monkeypatch):
     else:
         for order, owner in itertools.product(itertools.permutations(range(d)), itertools.permutations(range(n))):
             monkeypatch.setattr(Round, "permutation", lambda self, d, name, order=order: torch.tensor(order))
-            monkeypatch.setattr(rng, "places", lambda draw, n, slots, owner=owner: torch.tensor(owner)[slots])
+            monkeypatch.setattr(permk.rng, "places", lambda draw, n, slots, owner=owner: torch.tensor(owner)[slots])
             yield Round(0, 0, n, ids, ids, n)
 
 
