@@ -206,6 +206,15 @@ def test_quadratics_values_gradients_and_minima_against_dense(q):
         assert q.smoothness().f_inf is None
 
 
+@pytest.mark.parametrize(("lam", "off"), [(1e-6, 1e-9), (1e-8, 1e-7), (1e-10, 1e-5)])
+@pytest.mark.parametrize("seed", [0, 341])
+def test_the_floor_near_the_border_of_convexity(lam, off, seed):
+    """One client: f_inf is f_*. Without a digit of lam left in the matrix it is not known."""
+    one = Quadratics(n=1, d=1000, noise=0.05, lam=lam, seed=seed)
+    assert one.smoothness().f_inf == pytest.approx(one.f_star, rel=off)
+    assert Quadratics(n=1, d=1000, noise=0.05, lam=1e-16, seed=seed).smoothness().f_inf is None
+
+
 def test_quadratics_cover_every_case():
     """The list above holds a negative mean of nu, nonconvex members, and noise with all members convex."""
     slopes = [-dense(q)[0][:, 0, 1].mean() for q in QUADRATICS if q.d > 1]

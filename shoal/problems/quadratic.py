@@ -32,6 +32,8 @@ from shoal.messages import Rows, Vector
 from shoal.problems import hosting
 from shoal.theory import Constant, Smoothness, by_smoothness
 
+CLEAR = 1e-12  # of nu_i / 4: an eigenvalue of A_i below that is mostly rounding
+
 Floats = NDArray[np.float64]
 
 
@@ -116,7 +118,8 @@ class Quadratics(Problem):
         return torch.from_numpy(values), torch.from_numpy(rows)
 
     def smoothness(self) -> Smoothness:
-        """Every constant in closed form, exact up to float64 rounding; f_inf is None where some f_i is unbounded."""
+        """Every constant in closed form, exact up to float64 rounding; f_inf is None where some f_i is unbounded, or
+        so near to it that float64 cannot tell."""
         quarter, _, shift = self._coefficients
         edges = np.array(extreme_eigenvalues(self.d))
         # Every squared quantity below is a convex function of T's eigenvalue: its maximum is at one of the two ends.
@@ -137,7 +140,8 @@ class Quadratics(Problem):
         # A variance under the weights, added as squares: no cancellation.
         apart = np.square(spectra / (self.n * weights[:, None]) - spectra.mean(axis=0))
         exact["pm_w"] = math.sqrt((weights[:, None] * apart).sum(axis=0).max())
-        floor = self._mean_of_minima() if bool((spectra > 0).all()) else None
+        bounded = bool((spectra > CLEAR * np.abs(quarter)[:, None]).all())
+        floor = self._mean_of_minima() if bounded else None
         known = {what: Constant(float(value), "exact") for what, value in exact.items()}
         least = None if floor is None else Constant(floor, "exact")
         return Smoothness(**known, f_inf=least, each=tuple(largest.tolist()))
@@ -168,12 +172,13 @@ class Quadratics(Problem):
         return right / bands[1] if self.d == 1 else solveh_banded(bands, right)
 
     def _mean_of_minima(self) -> float:
+        # inf f_i = -linear_i^2 (A_i^-1)_11 / 2, and (A_i^-1)_11 = 1 / s_d where s_1 = a, s_k = a - q^2 / s_{k-1} are
+        # the pivots of A_i, a being its diagonal and q = |quarter_i|. Near the border of definiteness s comes close to
+        # q: the recursion is one of t = s - q, in which nothing cancels.
         quarter, linear, shift = self._coefficients
-        # inf f_i = -linear_i^2 (A_i^-1)_11 / 2, and (A_i^-1)_11 = 1 / s_d where the pivots of A_i, from its last corner
-        # up, are s_1 = a, s_k = a - quarter_i^2 / s_{k-1}, a being its diagonal: all positive, as A_i is definite.
-        diagonal, square = 2.0 * quarter + shift, np.square(quarter)
-        pivot = diagonal.copy()
+        q = np.abs(quarter)
+        rest = shift + np.where(quarter < 0, 4.0 * quarter, 0.0)  # a - 2 q
+        t = q + rest
         for _ in range(self.d - 1):
-            np.divide(square, pivot, out=pivot)
-            np.subtract(diagonal, pivot, out=pivot)
-        return float((-0.5 * np.square(linear) / pivot).mean())
+            t = rest + q * (t / (q + t))
+        return float((-0.5 * np.square(linear) / (q + t)).mean())
