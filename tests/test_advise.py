@@ -119,6 +119,9 @@ def test_lines():
     assert line.bandwidth == pytest.approx(100)
     assert line.seconds(Step("signals", 1000), 4) == pytest.approx(0.002 + 1000 / line.rate)
     assert line.seconds(Step("straight", 10**6), 4) == pytest.approx(0.002 + 1e6 / line.rate)
+    crowded = Line(line.rate, line.latency, across=line.rate / 2)
+    assert crowded.seconds(Step("straight", 10**6), 4) == pytest.approx(0.002 + 2e6 / line.rate)
+    assert crowded.seconds(Step("signals", 1000), 4) == line.seconds(Step("signals", 1000), 4)
     # Few bytes: 2 (W - 1) latencies one after the other; many: 2 (W - 1) / W of them through the line.
     assert line.all_reduce(4, 8) == pytest.approx(6 * 0.002, rel=1e-3)
     assert Line.told(10, 0).all_reduce(4, 26e6) == pytest.approx(1.5 * 26e6 / Line.told(10, 0).rate, rel=1e-12)

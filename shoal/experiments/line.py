@@ -6,6 +6,7 @@ import os
 import platform
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +20,21 @@ from shoal.runtimes.rehearsal import Spent, Step
 # Of an Ethernet frame with the usual 1500 bytes, what TCP's and IP's headers and TCP's timestamps leave.
 PAYLOAD = 1448 / 1514
 SEGMENT = 1 << 20  # bytes: the longest piece of gloo's all-reduce
+SPELL = 0.1  # seconds of an all-to-all that is timed: such short ones are what is predicted
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine
 
 
 @dataclass(frozen=True)
 class Line:
-    """A rank's line: bytes of payload a second in each direction, and seconds one way."""
+    """A rank's line: bytes of payload a second in each direction, and seconds one way.
+
+    across: bytes a second of an all-to-all, where that was measured: ranks that send to each other all at once do not
+    fill their lines.
+    """
 
     rate: float
     latency: float
+    across: float | None = None
 
     @staticmethod
     def told(bandwidth: float, latency: float) -> Line:
@@ -59,33 +66,44 @@ class Line:
         """Of one exchange of a channel."""
         if step.kind == "ring":
             return self.ring(2 * (world - 1), step.nbytes)
-        return self.latency + step.nbytes / self.rate
+        rate = self.across or self.rate if step.kind == "straight" else self.rate
+        return self.latency + step.nbytes / rate
 
 
 def measured_line(peers: Peers, repeat: int = 5) -> Line:
-    """The line between these ranks, from all-gathers of two sizes: medians, of the slowest rank. Collective.
+    """The line between these ranks: medians, of the slowest rank. Collective.
 
-    A few bytes travel in the signals: one latency. Many go behind them, and take one more for every rank that they
-    pass; their number grows until it takes half a second, or 16 MiB a rank.
+    From all-gathers: a few bytes travel in the signals, which is one latency. Many go behind them, and take one more
+    for every rank that they pass; their number grows until it takes half a second, or 16 MiB a rank. And from an
+    all-to-all that takes `SPELL` seconds at this rate.
     """
     others = peers.world - 1
     if others < 1:
         raise ConfigError("one rank has no line: start at least two, or give --ranks, --bandwidth and --latency.")
-    size, latency = 1 << 16, _all_gather(peers, 64, repeat)
-    slow = _all_gather(peers, size, 1)
+
+    def gathering(size: int) -> Callable[[], object]:
+        mine = torch.zeros(size, dtype=torch.uint8)
+        return lambda: peers.all(mine, "bytes to time the link")
+
+    size, latency = 1 << 16, _timed(peers, gathering(64), repeat)
+    slow = _timed(peers, gathering(size), 1)
     while slow < 0.5 and size < 1 << 24:
         size *= 4
-        slow = _all_gather(peers, size, 1)
-    slow = _all_gather(peers, size, repeat)
-    return Line(others * size / max(slow - (others + 1) * latency, 1e-6), latency)
+        slow = _timed(peers, gathering(size), 1)
+    slow = _timed(peers, gathering(size), repeat)
+    rate = others * size / max(slow - (others + 1) * latency, 1e-6)
+    piece = max(1 << 14, min(1 << 24, int(rate * SPELL)) // others)  # all ranks know the same rate
+    pieces, sizes = [torch.zeros(piece, dtype=torch.uint8)] * peers.world, [piece] * peers.world
+    slow = _timed(peers, lambda: peers.swap(pieces, sizes, "bytes to time the link"), repeat)
+    return Line(rate, latency, min(rate, others * piece / max(slow - 2 * latency, 1e-6)))
 
 
-def _all_gather(peers: Peers, size: int, repeat: int) -> float:
-    mine, taken = torch.zeros(size, dtype=torch.uint8), []
+def _timed(peers: Peers, exchange: Callable[[], object], repeat: int) -> float:
+    taken = []
     for _ in range(repeat + (repeat > 1)):
         peers.barrier()
         began = time.perf_counter()
-        peers.all(mine, "bytes to time the link")
+        exchange()
         taken.append(time.perf_counter() - began)
     found = torch.tensor([np.median(taken[repeat > 1 :])], dtype=torch.float64)
     return max(float(said) for said in peers.all(found, "seconds"))
