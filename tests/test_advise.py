@@ -162,6 +162,9 @@ def test_buckets_queue_and_codecs_take_from_backward():
     # 0.5 + 0.2 + 1 = 1.7, after the delayed backward's end at 1.2; then 0.1 + 1, then the update.
     assert way.step(work, 4, line) == pytest.approx(1.7 + 1.1 + 0.25)
     assert way.step(work, 4, Line(1e12, 0.0)) == pytest.approx(1.2 + 0.1 + 0.25)
+    # What the first bucket's exchange asks of the cores, a tenth for each and a hundredth a byte, delays the backward.
+    asking = Line(1e12, 0.0, busy=(0.1, 0.01))
+    assert way.step(work, 4, asking) == pytest.approx(1.2 + 0.1 + 1.0 + 0.1 + 0.25)
     assert way.step(work, 4, Line(1e12, 0.0), stretch=2.0) == pytest.approx(2 * (1.2 + 0.1 + 0.25))
     plain = float32(work, 4)
     # The first bucket takes 0.6 from 0.5 on, and so the second waits for it.

@@ -202,6 +202,47 @@ def test_nobody_watches_an_empty_board_for_long(three_threads):
 
 
 @pytest.mark.slow
+def in_a_thread(call):
+    """What it returns; the affinity that it leaves behind ends with its thread."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.mark.skipif(not threads._KNOWN, reason="cores cannot be chosen here")
+def test_a_thread_keeps_off_its_callers_core():
+    given = os.sched_getaffinity(0)
+
+    def leaving():
+        own, seen = threads.Cores(), []
+        for core in (*sorted(given), -1):  # one after the other; the last is nobody's
+            seen.append((core, own.leave(core), os.sched_getaffinity(0)))
+        return seen
+
+    for core, left, now in in_a_thread(leaving):
+        if core < 0:
+            assert left and now < given or len(given) == 1
+        elif len(given) > 1:
+            assert left and now == given - {core}
+        else:
+            assert not left and now == given
+    assert os.sched_getaffinity(0) == given  # nobody else's is touched
+
+
+@pytest.mark.skipif(not threads._KNOWN, reason="cores cannot be chosen here")
+def test_a_thread_that_was_given_one_core_stays_there():
+    """By the user, say, while it ran."""
+
+    def leaving():
+        own, core = threads.Cores(), min(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {core})
+        return own.leave(core), os.sched_getaffinity(0) == {core}
+
+    assert in_a_thread(leaving) == (False, True)
+
+
 def test_an_interpreter_ends_while_threads_watch():
     """Right after a task, with threads that still look for the next."""
     code = (

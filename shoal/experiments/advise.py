@@ -69,12 +69,14 @@ class Way:
         return [(stretch * p.codec, sum(line.seconds(s, world) for s in p.steps)) for p in self.parts]
 
     def step(self, work: Workload, world: int, line: Line, stretch: float = 1.0) -> float:
-        """Seconds of a whole step. Buckets queue for one thread, as they are filled; a codec that works while gradients
-        are still being computed takes its time from that. `stretch`: what is computed takes so much longer."""
+        """Seconds of a whole step. Buckets queue for one thread, as they are filled; codecs, and what the line asks of
+        the cores, take their time from gradients that are still being computed. `stretch`: what is computed takes so
+        much longer."""
         late, end = 0.0, 0.0
-        for bucket, (codec, wire) in zip(work.buckets, self.exchanges(work, world, line, stretch), strict=True):
-            end = max(end, stretch * bucket.ready + late) + codec + wire
-            late += codec if bucket is not work.buckets[-1] else 0.0
+        for k, (codec, wire) in enumerate(self.exchanges(work, world, line, stretch)):
+            end = max(end, stretch * work.buckets[k].ready + late) + codec + wire
+            if k < len(work.buckets) - 1:
+                late += codec + (line.computing(self.parts[k].steps) if self.parts is not None else 0.0)
         return max(end, stretch * work.compute + late) + stretch * work.update
 
 
@@ -202,7 +204,7 @@ class Advice:
         they are up to 1 Tbit/s."""
 
         def longer(bandwidth: float) -> bool:
-            line = replace(Line.told(bandwidth, 0.0), latency=self.line.latency)
+            line = replace(Line.told(bandwidth, 0.0), latency=self.line.latency, busy=self.line.busy)
             return self.step(way, line) >= self.step(self.plain, line)
 
         low, high = SLOWEST, FASTEST

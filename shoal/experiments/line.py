@@ -6,16 +6,15 @@ import os
 import platform
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from shoal.errors import ConfigError
 from shoal.runtimes.peers import Peers
-from shoal.runtimes.rehearsal import Spent, Step
+from shoal.runtimes.rehearsal import Spent, Step, median
 
 # Of an Ethernet frame with the usual 1500 bytes, what TCP's and IP's headers and TCP's timestamps leave.
 PAYLOAD = 1448 / 1514
@@ -29,12 +28,14 @@ class Line:
     """A rank's line: bytes of payload a second in each direction, and seconds one way.
 
     across: bytes a second of an all-to-all, where that was measured: ranks that send to each other all at once do not
-    fill their lines.
+    fill their lines. busy: seconds, an exchange and a byte, for which what travels keeps the cores that a rank computes
+    with: nothing where it was not measured.
     """
 
     rate: float
     latency: float
     across: float | None = None
+    busy: tuple[float, float] = (0.0, 0.0)
 
     @staticmethod
     def told(bandwidth: float, latency: float) -> Line:
@@ -69,6 +70,11 @@ class Line:
         rate = self.across or self.rate if step.kind == "straight" else self.rate
         return self.latency + step.nbytes / rate
 
+    def computing(self, steps: Sequence[Step]) -> float:
+        """Of these exchanges, what the cores have to do."""
+        each, byte = self.busy
+        return each * len(steps) + byte * sum(step.nbytes for step in steps)
+
 
 def measured_line(peers: Peers, repeat: int = 5) -> Line:
     """The line between these ranks: medians, of the slowest rank. Collective.
@@ -85,28 +91,29 @@ def measured_line(peers: Peers, repeat: int = 5) -> Line:
         mine = torch.zeros(size, dtype=torch.uint8)
         return lambda: peers.all(mine, "bytes to time the link")
 
-    size, latency = 1 << 16, _timed(peers, gathering(64), repeat)
-    slow = _timed(peers, gathering(size), 1)
+    size, (latency, each) = 1 << 16, _timed(peers, gathering(64), repeat)
+    slow = _timed(peers, gathering(size), 1).wall
     while slow < 0.5 and size < 1 << 24:
         size *= 4
-        slow = _timed(peers, gathering(size), 1)
-    slow = _timed(peers, gathering(size), repeat)
+        slow = _timed(peers, gathering(size), 1).wall
+    slow = _timed(peers, gathering(size), repeat).wall
     rate = others * size / max(slow - (others + 1) * latency, 1e-6)
     piece = max(1 << 14, min(1 << 24, int(rate * SPELL)) // others)  # all ranks know the same rate
     pieces, sizes = [torch.zeros(piece, dtype=torch.uint8)] * peers.world, [piece] * peers.world
-    slow = _timed(peers, lambda: peers.swap(pieces, sizes, "bytes to time the link"), repeat)
-    return Line(rate, latency, min(rate, others * piece / max(slow - 2 * latency, 1e-6)))
+    slow, cpu = _timed(peers, lambda: peers.swap(pieces, sizes, "bytes to time the link"), repeat)
+    across = min(rate, others * piece / max(slow - 2 * latency, 1e-6))
+    return Line(rate, latency, across, (each, max(0.0, cpu - 2 * each) / (others * piece)))
 
 
-def _timed(peers: Peers, exchange: Callable[[], object], repeat: int) -> float:
-    taken = []
+def _timed(peers: Peers, exchange: Callable[[], object], repeat: int) -> Spent:
+    """Medians: of the slowest rank by the clock, and of the busiest cores."""
+    taken = list[Spent]()
     for _ in range(repeat + (repeat > 1)):
         peers.barrier()
-        began = time.perf_counter()
+        began = Spent.now()
         exchange()
-        taken.append(time.perf_counter() - began)
-    found = torch.tensor([np.median(taken[repeat > 1 :])], dtype=torch.float64)
-    return max(float(said) for said in peers.all(found, "seconds"))
+        taken.append(Spent.now().since(began))
+    return _of_all(peers, median(taken[repeat > 1 :]))
 
 
 # ------------------------------------------------------------------------------------------------ shared cores
@@ -125,8 +132,13 @@ def shared(peers: Peers | None, spent: Spent) -> float:
     """
     if peers is None:
         return spent.wall
+    return max(_of_all(peers, spent))
+
+
+def _of_all(peers: Peers, spent: Spent) -> Spent:
+    """Of the slowest rank by the clock; and how long what all ranks compute keeps the cores that they share."""
     where, count = cores()
     mine = torch.tensor([spent.wall, spent.cpu, where, count], dtype=torch.float64)
     said = [row.tolist() for row in peers.all(mine, "seconds")]
     busy = [sum(cpu for _, cpu, there, _ in said if there == where) / count for _, _, where, count in said]
-    return max(*busy, *(wall for wall, *_ in said))
+    return Spent(max(wall for wall, *_ in said), max(busy))

@@ -51,8 +51,9 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Workload:
-    """A step on one rank: `compute` seconds of forward and backward, `update` of the optimizer, the buckets in the
-    order in which they are filled, and a few gradients, one bucket behind the other, compressed numbers in front."""
+    """A step on one rank: `compute` seconds of forward and backward, `update` of what waits for the last mean (the
+    copy back and the optimizer), the buckets in the order in which they are filled, and a few gradients, one bucket
+    behind the other, compressed numbers in front."""
 
     name: str
     compute: float
@@ -223,8 +224,8 @@ def measured(setup: Callable[[], Any], name: str, repeat: int, tell: Tell, peers
         missing = [held[i][0] for i in range(len(held)) if i not in flat.when]
         if missing:
             raise ConfigError(f"{name}: {', '.join(missing[:3])} got no gradient: use them, or requires_grad_(False).")
-        flat.back()
         middle = Spent.now()
+        flat.back()
         if optimizer is not None:
             optimizer.step()
         updated.append(Spent.now().since(middle))
@@ -238,7 +239,7 @@ def measured(setup: Callable[[], Any], name: str, repeat: int, tell: Tell, peers
     ready = compute / mine.wall * np.median(when[WARM:], axis=0)  # of the slowest rank
     sizes = [p.numel() for _, p in held]
     buckets = [_bucket([sizes[i] for i in group], max(float(ready[i]) for i in group)) for group in flat.groups]
-    return Workload(name, compute, update if optimizer is not None else 0.0, tuple(buckets), tuple(gradients))
+    return Workload(name, compute, update, tuple(buckets), tuple(gradients))
 
 
 def _backward(loss: Callable[[], Tensor], name: str) -> None:

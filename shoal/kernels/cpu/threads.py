@@ -32,15 +32,15 @@ LEAST = 1 << 16  # coordinates a thread from which on another one that is awake 
 WAKE = 8  # times as many, in all, from which on it pays to wake one
 PIECES = 4  # a thread: who comes late leaves the others the rest
 LINGER, AWAY = 300_000, 100_000  # nanoseconds: how long a thread watches the board; how long it may be kept from it
-NAP = np.uint32(50)  # microseconds
 _TURN = 64  # looks at the board, after which a thread lets others have the core if there are any
 
 # Words of the board, those that many threads write on lines of the cache of their own.
 TICKET, OWNED, INSIDE, SEATS, NEXT = 0, 8, 16, 24, 32
 SERIAL, FUNCTION, RECORD, SIZE, STEP, CORE, OVER, WORDS = 40, 41, 42, 43, 44, 45, 48, 56
 _give_way = types.ExternalFunction("sched_yield", types.int32())
-_nap = types.ExternalFunction("usleep", types.int32(types.uint32))
-_KNOWN = hasattr(ctypes.CDLL(None), "sched_getcpu")  # not every system says which core a thread is on
+# Not every system says which core a thread is on, or lets it choose.
+_LIBC = ctypes.CDLL(None)
+_KNOWN = hasattr(_LIBC, "sched_getcpu") and hasattr(os, "sched_setaffinity")
 _which = types.ExternalFunction("sched_getcpu" if _KNOWN else "sched_yield", types.int32())
 
 
@@ -80,21 +80,14 @@ def _share(board, function, record, size, step, seats):
 
 @njit(cache=True, nogil=True)
 def _watch(board, last):
-    """Take part in every task but `last`, until there is none for `LINGER`, or this core is not free: the last task.
-
-    On its caller's core a thread gains nothing, and does nothing. Whoever wakes up is put on a core that is free, if
-    there is one: so it naps once, and then sleeps, as it does where others had its core meanwhile.
-    """
-    turns, since, napped = 0, 0, 0
+    """Take part in every task but `last`, until there is none for `LINGER`, or others have had this core meanwhile:
+    (the last task, -1). On its caller's core a thread gains nothing, and stops: (the last task, that core)."""
+    turns, since = 0, 0
     while load(board, OVER) == 0:
         ticket = load(board, TICKET)
         if ticket != 0 and ticket != last:
             if _KNOWN and _which() == board[CORE]:
-                if napped == ticket:
-                    return ticket
-                napped = ticket
-                _nap(NAP)
-                continue
+                return last, board[CORE]
             add(board, INSIDE, 1)
             if load(board, TICKET) == ticket:  # and stays: the caller closes the task, then waits for those inside
                 if add(board, SEATS, -1) > 0:
@@ -114,7 +107,33 @@ def _watch(board, last):
             since = now
         if now - began > AWAY or (since > 0 and now - since > LINGER):
             break
-    return last
+    return last, -1
+
+
+class Cores:
+    """The cores that the thread which makes this may be on: those that it was given, but for its last caller's.
+
+    A system may well wake a thread on the core of the one that wakes it, or leave the two there for many milliseconds
+    though another core is idle.
+    """
+
+    def __init__(self) -> None:
+        self.thread = threading.get_native_id()
+        self.given = self.chosen = os.sched_getaffinity(0) if _KNOWN else set()
+
+    def leave(self, core: int) -> bool:
+        """Keep the thread off this core; False where there is no other."""
+        if core not in self.chosen:
+            return True
+        try:
+            now = os.sched_getaffinity(self.thread)
+            if now != self.chosen:  # somebody else's choice
+                self.given = now
+            os.sched_setaffinity(self.thread, self.given - {core})
+            self.chosen = os.sched_getaffinity(self.thread)
+        except OSError:  # none is left, or they are not given
+            return False
+        return core not in self.chosen
 
 
 class Crew:
@@ -123,16 +142,20 @@ class Crew:
     def __init__(self) -> None:
         self.board = np.zeros(WORDS, np.int64)
         self.size, self.growing = 0, threading.Lock()
-        self.asleep: deque[threading.Lock] = deque()  # the bells of those who sleep
+        self.asleep: deque[tuple[threading.Lock, Cores]] = deque()  # the bells of those who sleep
         self.called = 0.0  # when there was a task last
 
     def serve(self) -> None:
-        bell, last = threading.Lock(), 0
+        bell, cores, last = threading.Lock(), Cores(), 0
         bell.acquire()
         while True:
-            last = _watch(self.board, last)
+            last, core = _watch(self.board, last)
+            if core >= 0:
+                if cores.leave(core):
+                    continue
+                last = int(self.board[TICKET])
             if self.board[TICKET] in (0, last):  # else a caller came who took this thread to be awake
-                self.asleep.append(bell)
+                self.asleep.append((bell, cores))
                 bell.acquire()
 
     def call(self, most: int, large: bool) -> int:
@@ -145,9 +168,12 @@ class Crew:
             self.grow(min(most, os.cpu_count() or 1))
         for _ in range(min(most, len(self.asleep))):
             try:
-                self.asleep.pop().release()
+                bell, cores = self.asleep.pop()
             except IndexError:  # another caller woke it
                 break
+            if _KNOWN:
+                cores.leave(_LIBC.sched_getcpu())
+            bell.release()
         return min(most, self.size)
 
     def grow(self, size: int) -> None:
