@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +103,29 @@ def beside(
     return [t for t, _ in pairs[1:]], float(np.median([yardstick / t for t, yardstick in pairs[1:]]))
 
 
-def beside_copy(call: Callable[[], Any], floats: int, repeat: int, *, wall: bool = False) -> tuple[list[float], float]:
-    """`beside` the copy of so many float32 numbers into a ready buffer.
+FAR = 1 << 27  # bytes: so many that no cache holds them until their turn comes again
+
+
+def turns(floats: int) -> int:
+    """How many vectors of so many float32 numbers take turns, so that each comes from memory and none from a cache."""
+    return max(1, -(-FAR // (4 * floats)))
+
+
+def beside_copy(
+    call: Callable[[], Any], floats: int, repeat: int, *, wall: bool = False, far: bool = False
+) -> tuple[list[float], float]:
+    """`beside` the copy of so many float32 numbers into a ready buffer; with `far`, `turns` of both take turns.
 
     Several threads copy on the kernels' own ones: those of OpenMP, which torch would take, keep a core busy after it.
     """
-    source, target = np.ones(floats, np.float32), np.ones(floats, np.float32)
+    count = turns(floats) if far else 1
+    pairs = cycle([(np.ones(floats, np.float32), np.ones(floats, np.float32)) for _ in range(count)])
     if not wall:
-        return beside(call, lambda: np.copyto(target, source), repeat)
+        return beside(call, lambda: np.copyto(*next(pairs)), repeat)
     from shoal.kernels.cpu.buffers import copied  # without compiled kernels there is but one thread
     from shoal.kernels.cpu.threads import spread
 
-    return beside(call, lambda: spread(copied, (source, target), floats, 1024), repeat, wall=True)
+    return beside(call, lambda: spread(copied, next(pairs), floats, 1024), repeat, wall=True)
 
 
 def normal_rows(m: int, d: int, seed: int) -> torch.Tensor:
