@@ -314,7 +314,10 @@ def board(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError("--tensorboard needs the package tensorboard: pip install tensorboard.") from None
-    return SummaryWriter(folder)
+    try:
+        return SummaryWriter(folder)
+    except OSError as error:
+        raise ConfigError(f"--tensorboard {folder}: {error.strerror}. Name a folder to write in.") from None
 
 
 def parsed() -> argparse.Namespace:

@@ -145,7 +145,7 @@ class CheckpointWriteFailed(CheckpointError, OSError):
 
     def __str__(self) -> str:
         said = f"{self.filename} could not be written: {self.strerror} (errno {self.errno})."
-        return f"{said} What was there before is untouched; make room, then go on with --resume."
+        return f"{said} What was there before is untouched; make room, then resume the run."
 
 
 class ResumeMismatch(CheckpointError):
