@@ -201,7 +201,6 @@ def test_nobody_watches_an_empty_board_for_long(three_threads):
     assert np.count_nonzero(seen[0]) == 1
 
 
-@pytest.mark.slow
 def in_a_thread(call):
     """What it returns; the affinity that it leaves behind ends with its thread."""
     found = []
@@ -213,36 +212,48 @@ def in_a_thread(call):
 
 @pytest.mark.skipif(not threads._KNOWN, reason="cores cannot be chosen here")
 def test_a_thread_keeps_off_its_callers_core():
-    given = os.sched_getaffinity(0)
+    mine = os.sched_getaffinity(0)
 
     def leaving():
         own, seen = threads.Cores(), []
-        for core in (*sorted(given), -1):  # one after the other; the last is nobody's
+        own.given = mine
+        for core in (*sorted(mine), -1):  # one after the other; the last is nobody's
             seen.append((core, own.leave(core), os.sched_getaffinity(0)))
-        return seen
+        own.given = {core}
+        return seen, own.leave(core)
 
-    for core, left, now in in_a_thread(leaving):
-        if core in given and len(given) > 1:
-            assert (left, now) == (True, given - {core})
-        elif core in given:
-            assert (left, now) == (False, given)
-        else:
-            assert left
-    assert os.sched_getaffinity(0) == given  # nobody else's is touched
+    seen, nowhere = in_a_thread(leaving)
+    for core, left, now in seen:
+        assert left == bool(mine - {core})
+        if left:
+            assert now == mine - {core}
+    assert not nowhere
+    assert os.sched_getaffinity(0) == mine  # nobody else's is touched
 
 
 @pytest.mark.skipif(not threads._KNOWN, reason="cores cannot be chosen here")
-def test_a_thread_that_was_given_one_core_stays_there():
-    """By the user, say, while it ran."""
+def test_threads_keep_to_the_cores_that_their_caller_was_given(three_threads):
+    """By its user, before or after they were started; with one core there is no help."""
+    many = threads.WAKE * LEAST
+    encoded(many)
 
-    def leaving():
-        own, core = threads.Cores(), min(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {core})
-        return own.leave(core), os.sched_getaffinity(0) == {core}
+    def pinned():
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        return threads._crew.call(2, True)
 
-    assert in_a_thread(leaving) == (False, True)
+    assert in_a_thread(pinned) == 0
+    mine = os.sched_getaffinity(0)
+    deadline = time.monotonic() + 5.0
+    while len(threads._crew.asleep) < threads._crew.size and time.monotonic() < deadline:
+        time.sleep(0.01)
+    known = [cores for _, cores in threads._crew.asleep]
+    encoded(many)
+    if len(mine) > 1:
+        assert known
+        assert all(os.sched_getaffinity(cores.thread) < mine for cores in known)
 
 
+@pytest.mark.slow
 def test_an_interpreter_ends_while_threads_watch():
     """Right after a task, with threads that still look for the next."""
     code = (

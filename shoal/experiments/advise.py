@@ -204,7 +204,9 @@ class Advice:
         they are up to 1 Tbit/s."""
 
         def longer(bandwidth: float) -> bool:
-            line = replace(Line.told(bandwidth, 0.0), latency=self.line.latency, busy=self.line.busy)
+            rate = Line.told(bandwidth, 0.0).rate
+            across = None if self.line.across is None else rate * self.line.across / self.line.rate
+            line = replace(self.line, rate=rate, across=across)
             return self.step(way, line) >= self.step(self.plain, line)
 
         low, high = SLOWEST, FASTEST
@@ -263,6 +265,7 @@ class Advice:
         work = self.work
         return {
             "ranks": self.world, "bandwidth_mbit": self.line.bandwidth, "latency_ms": 1e3 * self.line.latency,
+            "across_bytes_per_second": self.line.across, "busy_seconds_per_exchange_and_byte": self.line.busy,
             "model": work.name, "d": work.d, "compute_seconds": self.stretch * work.compute,
             "update_seconds": self.stretch * work.update, "stretch": self.stretch,
             "buckets": [{"coded": b.coded, "plain": b.plain, "ready_seconds": self.stretch * b.ready}

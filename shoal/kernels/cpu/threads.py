@@ -2,7 +2,7 @@
 
 The caller writes its task on a board, and every thread takes the next piece until there are none. Threads of the crew
 watch the board in compiled code for some hundred microseconds after the last task, so that the next costs about one
-to hand out; then they sleep. Waking one takes its caller over ten: a large task does, and one of many. Nobody waits
+to hand out; then they sleep. Waking one takes its caller some tens: a large task does, and one of many. Nobody waits
 for a thread that has not begun: whoever comes late, or finds another process on its core, finds less left to do. A
 caller who finds the board taken works alone.
 
@@ -86,8 +86,9 @@ def _watch(board, last):
     while load(board, OVER) == 0:
         ticket = load(board, TICKET)
         if ticket != 0 and ticket != last:
-            if _KNOWN and _which() == board[CORE]:
-                return last, board[CORE]
+            core = board[CORE]
+            if core >= 0 and _which() == core:
+                return last, core
             add(board, INSIDE, 1)
             if load(board, TICKET) == ticket:  # and stays: the caller closes the task, then waits for those inside
                 if add(board, SEATS, -1) > 0:
@@ -110,30 +111,38 @@ def _watch(board, last):
     return last, -1
 
 
+def _mine() -> set[int]:
+    """The cores that the calling thread may be on; none where the system does not say."""
+    try:
+        return os.sched_getaffinity(0) if _KNOWN else set()
+    except OSError:
+        return set()
+
+
 class Cores:
-    """The cores that the thread which makes this may be on: those that it was given, but for its last caller's.
+    """Where the thread that makes this may be: on its last caller's cores, but for the one that the caller is on.
 
     A system may well wake a thread on the core of the one that wakes it, or leave the two there for many milliseconds
     though another core is idle.
     """
 
     def __init__(self) -> None:
-        self.thread = threading.get_native_id()
-        self.given = self.chosen = os.sched_getaffinity(0) if _KNOWN else set()
+        self.thread, self.given = threading.get_native_id(), _mine()
+        self.chosen: set[int] | None = None
 
     def leave(self, core: int) -> bool:
-        """Keep the thread off this core; False where there is no other."""
-        if core not in self.chosen:
-            return True
+        """Go to another core; False where there is none."""
+        return self.choose(self.given - {core})
+
+    def choose(self, some: set[int]) -> bool:
+        """Be on some of these; False where there are none, or they are not given."""
         try:
-            now = os.sched_getaffinity(self.thread)
-            if now != self.chosen:  # somebody else's choice
-                self.given = now
-            os.sched_setaffinity(self.thread, self.given - {core})
-            self.chosen = os.sched_getaffinity(self.thread)
-        except OSError:  # none is left, or they are not given
+            os.sched_setaffinity(self.thread, some)
+        except OSError:
+            self.chosen = None
             return False
-        return core not in self.chosen
+        self.chosen = some
+        return True
 
 
 class Crew:
@@ -153,7 +162,7 @@ class Crew:
             if core >= 0:
                 if cores.leave(core):
                     continue
-                last = int(self.board[TICKET])
+                last = int(self.board[TICKET])  # nothing to be gained here
             if self.board[TICKET] in (0, last):  # else a caller came who took this thread to be awake
                 self.asleep.append((bell, cores))
                 bell.acquire()
@@ -164,6 +173,10 @@ class Crew:
         last, self.called = self.called, time.perf_counter()
         if not large and self.called - last > LINGER / 1e9:
             return min(most, self.size - len(self.asleep))
+        given = _mine()
+        others = given - {_LIBC.sched_getcpu()} if given else given
+        if given and not others:  # a user's choice, perhaps: threads keep to it
+            return 0
         if self.size < most and self.size < (os.cpu_count() or 1):
             self.grow(min(most, os.cpu_count() or 1))
         for _ in range(min(most, len(self.asleep))):
@@ -171,8 +184,9 @@ class Crew:
                 bell, cores = self.asleep.pop()
             except IndexError:  # another caller woke it
                 break
-            if _KNOWN:
-                cores.leave(_LIBC.sched_getcpu())
+            cores.given = given
+            if given and cores.chosen != others:
+                cores.choose(others)
             bell.release()
         return min(most, self.size)
 
