@@ -32,6 +32,7 @@ from shoal.kernels.reference.bits import LIFT, TINY
 
 V = np.float32(2.0**-24)
 WIDE = 4 * TILE  # coordinates that share a pass of shifts: 16 KiB, and a row's turn costs as much as some hundred bits
+MANY = 1 << 19  # coordinates from which on rows are foreseen: it gains a fifth where they come from memory
 AHEAD = 512  # bytes of a row that are on their way while 64 are counted: of so many rows, none is foreseen
 MOST = float(np.finfo(np.float32).max)
 _MAGIC, _TOP = np.uint64(0x0102040810204080), np.uint64(56)
@@ -243,7 +244,7 @@ def _few_bits(payload, r, cohort, out, lo, hi):
         table[c] = np.float32((r * np.float64(2 * c - m)) / cohort)
     for at in range(lo, hi, 512):
         rows, byte, count, planes[:] = payload, at // 8, min(512, hi - at), 0
-        if out.size >= FAR:
+        if out.size >= MANY:
             for i in range(m):
                 expect(payload[i], byte + AHEAD)
         if count < 512:
