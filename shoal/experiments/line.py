@@ -18,7 +18,7 @@ from shoal.runtimes.rehearsal import Spent, Step, median
 # Of an Ethernet frame with the usual 1500 bytes, what TCP's and IP's headers and TCP's timestamps leave.
 PAYLOAD = 1448 / 1514
 SEGMENT = 1 << 20  # bytes: the longest piece of gloo's all-reduce
-SPELL = 0.1  # seconds of an all-to-all that is timed: such short ones are what is predicted
+SPELL, LEAST = 0.1, 1 << 19  # seconds of an all-to-all that is timed, and bytes at least: what is predicted is like it
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine
 
 
@@ -80,7 +80,8 @@ def measured_line(peers: Peers, repeat: int = 5) -> Line:
 
     From all-gathers: a few bytes travel in the signals, which is one latency. Many go behind them, and take one more
     for every rank that they pass; their number grows until it takes half a second, or 16 MiB a rank. And from an
-    all-to-all that takes `SPELL` seconds at this rate.
+    all-to-all that takes `SPELL` seconds at this rate, or has `LEAST` bytes a rank: on a slow line several that send to
+    one overflow its queue, and wait for what was lost.
     """
     others = peers.world - 1
     if others < 1:
@@ -97,7 +98,7 @@ def measured_line(peers: Peers, repeat: int = 5) -> Line:
         slow = _timed(peers, gathering(size), 1).wall
     slow = _timed(peers, gathering(size), repeat).wall
     rate = others * size / max(slow - (others + 1) * latency, 1e-6)
-    piece = max(1 << 14, min(1 << 24, int(rate * SPELL)) // others)  # all ranks know the same rate
+    piece = max(LEAST, min(1 << 24, int(rate * SPELL))) // others  # all ranks know the same rate
     pieces, sizes = [torch.zeros(piece, dtype=torch.uint8)] * peers.world, [piece] * peers.world
     slow, cpu = _timed(peers, lambda: peers.swap(pieces, sizes, "bytes to time the link"), repeat)
     across = min(rate, others * piece / max(slow - 2 * latency, 1e-6))
