@@ -228,6 +228,21 @@ def test_the_verdict_turns_at_the_break_even():
     assert json.loads(json.dumps(slow.facts()))["rows"][1]["gain"] == 1.0
 
 
+def test_a_break_even_is_one_of_this_line():
+    """Of how full its all-to-alls are, and what they ask of the cores."""
+    work = Workload("w", 0.1, 0.0, (Bucket(10**6, 0, 0.05), Bucket(10**6, 0, 0.1)), ())
+    way = Way("way", (Part(0.02, (Step("straight", 10**6),), 10**6),) * 2, 8.0)
+    for across in (None, 7e7, 3e7):
+        line = Line(1e8, 1e-4, across, (1e-3, 1e-9))
+        advice = Advice(work, 4, line, 1.0, (way, float32(work, 4)))
+        assert line.at(line.bandwidth).across == (across and pytest.approx(across, rel=1e-12))
+        even = advice.even(way)
+        assert even is not None
+        assert (line.bandwidth < even) == (advice.gain(way) > 1.0)
+        at = line.at(even)
+        assert advice.step(way, at) == pytest.approx(advice.step(advice.plain, at), rel=1e-6)
+
+
 def test_no_break_even_is_no_number():
     """Nothing to gain anywhere, or everywhere."""
     work = Workload("w", 0.1, 0.0, (Bucket(1000, 0, 0.1),), ())

@@ -10,7 +10,7 @@ bucket by bucket; float32 is gloo's ring, as DistributedDataParallel uses it. do
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -204,9 +204,7 @@ class Advice:
         they are up to 1 Tbit/s."""
 
         def longer(bandwidth: float) -> bool:
-            rate = Line.told(bandwidth, 0.0).rate
-            across = None if self.line.across is None else rate * self.line.across / self.line.rate
-            line = replace(self.line, rate=rate, across=across)
+            line = self.line.at(bandwidth)
             return self.step(way, line) >= self.step(self.plain, line)
 
         low, high = SLOWEST, FASTEST

@@ -74,10 +74,10 @@ class Turns(Generic[T]):
 def goals(d: int) -> Iterator[Goal]:
     """The goals at d coordinates, one after the other."""
     rnd = Round.full(1, 0, CLIENTS)
-    one, rows = rnd.rows(slice(0, 1)), normal_rows(turns(d), d, 0).split(1)
-    ops, place = kernels.of(rows[0]), torch.zeros(1, dtype=torch.int64)
+    one, whole = rnd.rows(slice(0, 1)), normal_rows(turns(d), d, 0)
+    ops, place, rows = kernels.of(whole), torch.zeros(1, dtype=torch.int64), whole.split(1)
     private, ties, us = one.draw("goals.bits"), one.draw("goals.ties"), Turns(rows)
-    norm, top = ops.norms(rows[0]), ops.maxes(torch.cat(rows)).max()[None]
+    norm, top = ops.norms(rows[0]), ops.maxes(whole).max()[None]
     yield Goal(
         "IQ encode, 1 bit, scale given",
         us.of(lambda u: ops.encode_bits(u, norm, private, ties, 1, place, None)),

@@ -6,7 +6,7 @@ import os
 import platform
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,6 +45,11 @@ class Line:
                 f"--bandwidth {bandwidth:g} --latency {latency:g}: Mbit/s above 0, and milliseconds, 0 or more."
             )
         return Line(bandwidth * 1e6 / 8 * PAYLOAD, latency / 1e3)
+
+    def at(self, bandwidth: float) -> Line:
+        """The same line with another bandwidth, in Mbit/s: all-to-alls fill as much of it, cores are kept as long."""
+        rate = Line.told(bandwidth, 0.0).rate
+        return replace(self, rate=rate, across=self.across and rate * self.across / self.rate)
 
     @property
     def bandwidth(self) -> float:
