@@ -1,46 +1,27 @@
-"""MARINA, DIANA and EF21 as `torch.optim.Optimizer`s: each rank is a client, and steps carry compressed messages.
-
-    optimizer = shoal.optim.Marina(model.parameters(), lr=0.05, compressor="Correlated()")
-    for inputs, targets in loader:          # this rank's own data
-        def closure():
-            optimizer.zero_grad()
-            loss = criterion(model(inputs), targets)
-            loss.backward()
-            return loss
-        optimizer.step(closure)
-
-The model is a bare module, not one in DistributedDataParallel: a method needs each rank's own gradient. It runs as
-`shoal.simulate` runs it (the same `up`, `commit` and `estimate` of `shoal.methods`), and ends at the same bits.
-"""
+"""What all optimizers of shoal's share: a method on the parameters as one vector, one client a rank."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from numbers import Real
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from shoal import methods
 from shoal.core import Compressor, Method
-from shoal.errors import ConfigError, ConfigMismatch, ResumeMismatch
-from shoal.experiments.expressions import compact, known_names, parse
+from shoal.errors import ConfigError, ConfigMismatch
+from shoal.experiments.expressions import compact
 from shoal.experiments.folder import versions
 from shoal.messages import Round, Rows, Vector
+from shoal.optim.checks import RATES, check_groups, check_parameters, check_rates, check_values
 from shoal.rng import checked_seed
 from shoal.runtimes.reduce import Link, Reduced, Traffic, rehearse, world_of
 from shoal.wire import digest
 
-__all__ = ["EF21", "Diana", "Marina"]
-
 Closure = Callable[[], Any]
 KEPT = ("round", "seed", "world", "method")  # of every parameter group: whose state this is
-RATES = ("lr", "weight_decay")
 
 
 class Clients(torch.optim.Optimizer):
@@ -69,13 +50,13 @@ class Clients(torch.optim.Optimizer):
         process_group: Any,
         timeout: float,
     ) -> None:
-        _check_rates({"lr": lr, "weight_decay": weight_decay}, "")
+        check_rates({"lr": lr, "weight_decay": weight_decay}, "")
         self.seed, self._built = checked_seed(seed), False
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._wanted = self._flags()
         self._groups = [[p for p in group["params"] if p.requires_grad] for group in self.param_groups]
         self._params: list[Tensor] = [p for group in self._groups for p in group]
-        _check_parameters(self._params)
+        check_parameters(self._params)
         self.d, n = sum(p.numel() for p in self._params), world_of(process_group)
         if n < 1:
             raise ConfigError("this rank is not in process_group: construct the optimizer on the ranks that are.")
@@ -223,8 +204,9 @@ class Clients(torch.optim.Optimizer):
 
         Load the model's parameters too: the method's states belong to them.
         """
-        self._check_groups(state_dict)
-        self._check_values(state_dict)
+        check_groups(state_dict, self.param_groups)
+        keys = [self._key(*field) for field in self._fields()]
+        check_values(state_dict, self.param_groups, self._wanted, keys)
         super().load_state_dict(state_dict)
         found = {}
         for half, name, value in self._fields():
@@ -236,53 +218,12 @@ class Clients(torch.optim.Optimizer):
         self._agreed = None
         self._show()
 
-    def _check_groups(self, state: Any) -> None:
-        """Raise ResumeMismatch unless the state has this optimizer's groups, with a round and rates that can be."""
-        groups = state.get("param_groups") if isinstance(state, dict) else None
-        if not isinstance(groups, list) or not groups or not all(isinstance(group, dict) for group in groups):
-            raise ResumeMismatch("this is no optimizer's state: it has no param_groups. Take what state_dict() gave.")
-        found, here = ([_count(g.get("params")) for g in which] for which in (groups, self.param_groups))
-        if found != here:
-            raise ResumeMismatch(f"the state's groups have {found} parameters, this optimizer's {here}: group alike.")
-        for group in groups:
-            for name in ("seed", "world", "method"):
-                if group.get(name) != self.param_groups[0][name]:
-                    raise ResumeMismatch(
-                        f"the state's {name} is {group.get(name)!r}, this optimizer's {self.param_groups[0][name]!r}: "
-                        "construct it alike, on as many ranks."
-                    )
-            index = group.get("round")
-            if type(index) is not int or not 0 <= index < 2**32 or index != groups[0]["round"]:
-                raise ResumeMismatch(f"the state's round is {index!r}: one integer for all groups, not negative.")
-            try:
-                _check_rates({name: group.get(name) for name in RATES}, "the state's ")
-            except ConfigError as error:
-                raise ResumeMismatch(f"{error} Take what state_dict() gave.") from None
-
-    def _check_values(self, state: dict[str, Any]) -> None:
-        """Raise ResumeMismatch unless the parameters of the vector, and no others, have this rank's tensors."""
-        numbers = [i for group in state["param_groups"] for i in group["params"]]
-        every = [p for group in self.param_groups for p in group["params"]]
-        held = state.get("state")
-        keys = [self._key(*field) for field in self._fields()]
-        for number, p, wanted in zip(numbers, every, self._wanted, strict=True):
-            mine = held.get(number) if isinstance(held, dict) and isinstance(number, int | str) else None
-            if mine and not wanted:
-                raise ResumeMismatch(f"parameter {number} was trained, and is frozen here: freeze alike.")
-            for key in keys if wanted else ():
-                value = mine.get(key) if isinstance(mine, dict) else None
-                if not isinstance(value, Tensor) or value.shape != p.shape or not value.is_floating_point():
-                    raise ResumeMismatch(
-                        f"parameter {number} has no {key} of shape {tuple(p.shape)}: this is another rank's state, or "
-                        "another model's. Each rank loads what it saved."
-                    )
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only while constructing: all parameters are one vector, with states of its length."""
         if getattr(self, "_built", False):
             raise ConfigError("a parameter group cannot be added later: construct the optimizer with all groups.")
         if isinstance(param_group, dict):
-            _check_rates(self.defaults | param_group, f"parameter group {len(self.param_groups)}: ")
+            check_rates(self.defaults | param_group, f"parameter group {len(self.param_groups)}: ")
         super().add_param_group(param_group)
 
     def stats(self) -> Traffic:
@@ -327,126 +268,3 @@ class _Gradient:
             self.losses.append(self.closure())
         parts = [torch.zeros(p.numel()) if p.grad is None else p.grad.reshape(-1).to("cpu") for p in params]
         return torch.cat(parts)[None]
-
-
-def _check_rates(group: dict[str, Any], where: str) -> None:
-    """Raise ConfigError unless lr and weight_decay are finite and not negative."""
-    for name in RATES:
-        value = group[name]
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
-            raise ConfigError(f"{where}{name}={value!r}: a finite number, not negative.")
-
-
-def _count(params: Any) -> int | None:
-    return len(params) if isinstance(params, list) else None
-
-
-def _check_parameters(params: list[Tensor]) -> None:
-    if not params:
-        raise ConfigError("no parameter requires a gradient: there is nothing to train.")
-    wrong = {f"{p.dtype}" for p in params if p.dtype != torch.float32}
-    if wrong:
-        raise ConfigError(
-            f"parameters of {', '.join(sorted(wrong))}: messages are of float32. Keep float32 parameters, use autocast."
-        )
-
-
-def _parsed(compressor: str | Compressor) -> Any:
-    return parse(compressor, known_names(), Compressor) if isinstance(compressor, str) else compressor
-
-
-class Marina(Clients):
-    """VR-MARINA, online: compressed differences of a minibatch's gradients, now and then gradients themselves.
-
-    With probability p, and in the first step: g = mean grad f_i(x; batch); else g += mean C_i(grad f_i(x; batch) -
-    grad f_i(x-; batch)), x- being the parameters of the step before: two calls of the closure, on one batch.
-
-    `full` says before a step whether it is one with probability p: theory wants a larger batch there, whose noise
-    stays in g until the next. p=None: the share of bits |C| / (32 d), as in the paper. Any compressor with an AB
-    inequality.
-
-    References: arXiv:2102.07845, Algorithm 3; docs/derivations/sampling.md.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float,
-        compressor: str | Compressor = "Correlated()",
-        p: float | None = None,
-        *,
-        weight_decay: float = 0.0,
-        seed: int = 0,
-        channel: str = "auto",
-        process_group: Any = None,
-        timeout: float = 60.0,
-    ) -> None:
-        code = _parsed(compressor)
-        method = methods.VRMarina(code, p, batch=1)  # how many samples there are is the closure's business
-
-        def make(n: int, d: int) -> Method:
-            return replace(method, p=min(1.0, code.predicted_bits(n, d) / (32.0 * d))) if p is None else method
-
-        super().__init__(params, lr, code, make, weight_decay, seed, channel, process_group, timeout)
-
-    @property
-    def full(self) -> bool:
-        """Whether the next step is one with gradients instead of differences."""
-        assert isinstance(self.method, methods.VRMarina)
-        return self.method._full(self._round())
-
-
-class Diana(Clients):
-    """DIANA on minibatches: compressed differences to shifts that learn the gradients.
-
-    m_i = Q_i(grad f_i(x; batch) - h_i); g = h + mean m_i; h_i += shift m_i; h += shift mean m_i. One call of the
-    closure. Any compressor with omega; shift=None: 1/(1+omega).
-
-    References: arXiv:1901.09269; docs/derivations/methods.md (full gradients: with minibatches their noise stays).
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float,
-        compressor: str | Compressor = "QSGD(7)",
-        shift: float | None = None,
-        *,
-        weight_decay: float = 0.0,
-        seed: int = 0,
-        channel: str = "auto",
-        process_group: Any = None,
-        timeout: float = 60.0,
-    ) -> None:
-        code = _parsed(compressor)
-        method = methods.Diana(code, shift)
-        super().__init__(
-            params, lr, code, lambda n, d: method, weight_decay, seed, channel, process_group, timeout
-        )  # fmt: skip
-
-
-class EF21(Clients):
-    """EF21 on minibatches: error feedback for biased compressors.
-
-    g_i += C(grad f_i(x; batch) - g_i); g = mean g_i. One call of the closure. Any compressor with alpha.
-
-    References: arXiv:2106.05203; docs/derivations/methods.md (full gradients: with minibatches their noise stays).
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float,
-        compressor: str | Compressor = "TopK(0.01)",
-        *,
-        weight_decay: float = 0.0,
-        seed: int = 0,
-        channel: str = "auto",
-        process_group: Any = None,
-        timeout: float = 60.0,
-    ) -> None:
-        code = _parsed(compressor)
-        method = methods.EF21(code)
-        super().__init__(
-            params, lr, code, lambda n, d: method, weight_decay, seed, channel, process_group, timeout
-        )  # fmt: skip
