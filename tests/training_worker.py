@@ -25,6 +25,7 @@ from test_training import METHODS, NAMES, closure_of, flat, flat_grads, loss_of,
 import shoal.ddp  # noqa: E402
 import shoal.optim  # noqa: E402
 from shoal.errors import PeerDied, ShoalError  # noqa: E402
+from shoal.optim import clients  # noqa: E402
 
 CODES = ["Correlated()", "TopK(0.1)", "PermK()", "Coded(QSGD(1))", "Sign()", "Rotated(Correlated(scale='max'))"]
 
@@ -135,12 +136,12 @@ def optim_start(rank: int) -> str:
 def optim_versions(rank: int) -> str:
     """Another channel, and another version of torch."""
     model = net()
-    optimizer, true = make("ef21", model, channel=["replicated", "sharded"][rank]), shoal.optim.versions
-    shoal.optim.versions = lambda: true() | {"torch": f"2.{rank}"}
+    optimizer, true = make("ef21", model, channel=["replicated", "sharded"][rank]), clients.versions
+    clients.versions = lambda: true() | {"torch": f"2.{rank}"}
     try:
         return said(lambda: optimizer.step(closure_of(optimizer, model, 0, rank)))
     finally:
-        shoal.optim.versions = true
+        clients.versions = true
         optimizer.close()
 
 

@@ -131,9 +131,28 @@ def _settle(row, near, bucket, above, out):
 
 
 @njit(cache=True, nogil=True)
+def _largest(row):
+    """The lowest coordinate of largest magnitude."""
+    first, most, size = 0, np.int32(0), np.int32(0x7FFFFFFF)
+    for lo in range(0, row.size, 256):  # a run's largest is found in vectors; only the best run is searched
+        run, here = row[lo : lo + 256].view(np.int32), np.int32(0)
+        for j in range(run.size):
+            here = max(here, run[j] & size)
+        if here > most:
+            first, most = lo, here
+    while (row[first] & _SIZE) != most:
+        first += 1
+    return first
+
+
+@njit(cache=True, nogil=True)
 def _rows(bits, out, lo, hi):
     """Rows lo..hi-1, each at once."""
     d, k = bits.shape[1], out.shape[1]
+    if k == 1:
+        for i in range(lo, hi):
+            out[i, 0] = _largest(bits[i])
+        return
     near, counts = np.empty(d, np.uint32), np.empty((1, BUCKETS), np.uint32)
     for i in range(lo, hi):
         _tally(bits[i], 0, d, counts[0])
