@@ -9,6 +9,7 @@ One lemma stands behind every MARINA step size (proof in docs/derivations/method
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -84,6 +85,18 @@ class Smoothness:
     def facts(self) -> dict[str, tuple[float, Status]]:
         """The known single constants as name -> (value, status): what a report prints."""
         return {k: (float(v), v.status) for k, v in vars(self).items() if isinstance(v, Constant)}
+
+    def packed(self) -> bytes:
+        """JSON that says every number exactly: what one process tells others."""
+        known = {k: [float(v), v.status] for k, v in vars(self).items() if isinstance(v, Constant)}
+        return json.dumps({**known, "each": [float(L) for L in self.each]}).encode()
+
+    @classmethod
+    def unpacked(cls, data: bytes) -> Smoothness:
+        """What was packed. The bytes are trusted: they come from a process of the same run."""
+        told = json.loads(data)
+        each = tuple(told.pop("each"))
+        return cls(**{k: Constant(*v) for k, v in told.items()}, each=each)
 
     def weighted(self, weights: Sequence[float]) -> Smoothness:
         """L_{+,w}, L_{±,w} and max L_i / (n w_i) in the places of L_+, L_± and L_max, for any positive weights.

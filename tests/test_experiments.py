@@ -29,8 +29,9 @@ from shoal.experiments import checkpoint
 from shoal.experiments import folder as folders
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import make_folder
+from shoal.experiments.prepared import fingerprint
 from shoal.experiments.race import TRY, Job, race
-from shoal.experiments.run import Run, fingerprint, load_result, simulate
+from shoal.experiments.run import Run, load_result, simulate
 from shoal.experiments.spec import ProblemSpec, RaceSpec, RunSpec
 from shoal.methods import EF21, GD, Diana, Marina
 from shoal.problems import Quadratics
@@ -651,13 +652,19 @@ def spec(**changed) -> RaceSpec:
     return RaceSpec.of(**{"problem": described, "methods": ("GD()",), "rounds": 81, "target": 1e-3} | changed)
 
 
+def tuning(race: RaceSpec, out) -> Job:
+    """The first method's, with tuned steps."""
+    problem = race.problem.build()
+    return Job(race, 0, "tuned", out, problem, problem.smoothness())
+
+
 @pytest.mark.parametrize(
     ("method", "tune", "target"),
     [("GD()", (-2, 4), 1e-3), ("EF21(TopK(2))", (-1, 6), 1e-3), ("EF21(TopK(2))", (-3, 0), 1e-12)],
 )
 def test_tuning_takes_the_fewest_bits(tmp_path, method, tune, target):
     """Every try, on the first seed and a quarter of the rounds; the choice, on every seed and all of them."""
-    Job(spec(methods=(method,), tune=tune, target=target, seeds=(5, 6)), 0, "tuned", tmp_path).run()
+    tuning(spec(methods=(method,), tune=tune, target=target, seeds=(5, 6)), tmp_path).run()
     runs = list(outcomes(tmp_path).values())
     tries, finals = [r for r in runs if r["trial"]], [r for r in runs if not r["trial"]]
     assert sorted(t["multiple"] for t in tries) == [2.0**e for e in range(tune[0], tune[1] + 1)]
@@ -673,7 +680,7 @@ def test_ties_go_to_the_smaller_step(tmp_path):
     """On f = x^2/2 a step gamma divides the squared gradient by (1 - gamma)^-2: at 1/2 and at 1 one round is enough."""
     one = ProblemSpec.of(name="quadratics", clients=1, dim=1, lam=1.0)
     goal = 0.3 * simulate(one.build(), "GD()", rounds=1).rows[0].grad_norm_sq
-    Job(spec(problem=one, tune=(-2, 1), target=goal, seeds=(0,)), 0, "tuned", tmp_path).run()
+    tuning(spec(problem=one, tune=(-2, 1), target=goal, seeds=(0,)), tmp_path).run()
     bits = {r["multiple"]: (r["result"]["up_bits"], r["result"]["stopped"]) for r in outcomes(tmp_path).values()}
     assert bits == {0.25: (96.0, "target"), 0.5: (32.0, "target"), 1.0: (32.0, "target"), 2.0: (32.0, "bits")}
     (final,) = [r for r in outcomes(tmp_path).values() if not r["trial"]]
@@ -681,7 +688,7 @@ def test_ties_go_to_the_smaller_step(tmp_path):
 
 
 def test_a_try_may_not_spend_more_than_the_best_before_it_or_a_quarter(tmp_path):
-    Job(spec(tune=(0, 4), rounds=None, bits=100_000.0, seeds=(0,)), 0, "tuned", tmp_path).run()
+    tuning(spec(tune=(0, 4), rounds=None, bits=100_000.0, seeds=(0,)), tmp_path).run()
     best = 25_000.0
     for run in (r for r in outcomes(tmp_path).values() if r["trial"]):
         assert run["result"]["up_bits"] < best + 32 * 8
@@ -691,7 +698,7 @@ def test_a_try_may_not_spend_more_than_the_best_before_it_or_a_quarter(tmp_path)
 
 
 def test_a_job_reads_what_is_done_and_does_the_rest(tmp_path):
-    job = Job(spec(tune=(0, 3), seeds=(0, 1)), 0, "tuned", tmp_path)
+    job = tuning(spec(tune=(0, 3), seeds=(0, 1)), tmp_path)
     job.run()
     before = outcomes(tmp_path)
     shas = {name: run["result"]["sha256"] for name, run in before.items()}
@@ -699,7 +706,7 @@ def test_a_job_reads_what_is_done_and_does_the_rest(tmp_path):
     for name in lost:
         (tmp_path / "runs" / name / "result.json").unlink()
     written = (tmp_path / "runs" / kept / "result.json").stat().st_mtime_ns
-    Job(spec(tune=(0, 3), seeds=(0, 1)), 0, "tuned", tmp_path).run()
+    tuning(spec(tune=(0, 3), seeds=(0, 1)), tmp_path).run()
     assert {name: run["result"]["sha256"] for name, run in outcomes(tmp_path).items()} == shas
     assert (tmp_path / "runs" / kept / "result.json").stat().st_mtime_ns == written
     (tmp_path / "runs" / kept / "result.json").write_text("{")

@@ -55,6 +55,7 @@ from shoal.cli.options import (
     stored_spec,
     timeout_given,
 )  # fmt: skip
+from shoal.core import Problem
 from shoal.errors import ConfigError
 from shoal.experiments.folder import make_folder, versions
 from shoal.experiments.race import News, check
@@ -136,15 +137,16 @@ def race(
         folder = out or new_folder("race", spec.problem.name)
     resuming = resume is not None
     if started_by_torchrun():
-        _along(spec, folder, resuming, make, seconds)
+        _along(spec, [spec.problem.build(spec.files)], folder, resuming, make, seconds)
         return
     if ranks:
         torch.set_num_threads(1)  # before anything computes: a fork has no threads but its own
-        checked_ranks(ranks, check(spec)[0].n)
+        held = [check(spec).problem]  # loaded once, with its constants, for all ranks
+        checked_ranks(ranks, held[0].n)
         if not resuming:
             make_folder(folder)
         # Run follows run, each over a channel of its own: who is killed between them has no round to stand at again.
-        work = partial(spoken, partial(_along, spec, folder, resuming, make, seconds))
+        work = partial(spoken, partial(_along, spec, held, folder, resuming, make, seconds))
         if status := supervisor.launch(ranks, work, restarts=0):
             raise SystemExit(status)
     else:
@@ -188,27 +190,35 @@ def _range(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _along(spec: RaceSpec, folder: Path, resuming: bool, make: Make, timeout: float) -> None:
-    """One rank's part of a race."""
+def _along(spec: RaceSpec, held: list[Problem], folder: Path, resuming: bool, make: Make, timeout: float) -> None:
+    """One rank's part of a race on the problem that is `held`, and taken out."""
     shared = json.loads(spec.model_dump_json()) | {"versions": versions()}
-    with connected(check(spec)[0].n, shared, make, timeout) as lines:
-        _race(spec, folder, resuming, None, Ranks(lines.peers, make))
+    with connected(held[0].n, shared, make, timeout) as lines:
+        _race(spec, folder, resuming, None, Ranks(lines.peers, make), held)
 
 
-def _race(spec: RaceSpec, folder: Path, resuming: bool, workers: int | None, ranks: Ranks | None = None) -> None:
+def _race(
+    spec: RaceSpec,
+    folder: Path,
+    resuming: bool,
+    workers: int | None,
+    ranks: Ranks | None = None,
+    held: list[Problem] | None = None,
+) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell may start background jobs with SIGINT ignored
         signal.signal(number, signal.default_int_handler)
     if ranks is not None and not ranks.first:
         try:
-            run_race(spec, folder, again(), ranks=ranks)
+            run_race(spec, folder, again(), ranks=ranks, course=check(spec, ranks, held))
         except KeyboardInterrupt:  # the first rank says so for all
             raise SystemExit(130) from None
         return
     began = time.monotonic()
     if spec.files:
         err_console.print(f"running code from {escape(', '.join(spec.files))}: trusted, not sandboxed", highlight=False)
-    check(spec)  # a wrong race is one line, before anything is drawn
+    with err_console.status("reading the data, finding constants"):
+        course = check(spec, ranks, held)  # a wrong race is one line, before anything is drawn
     if not resuming:
         make_folder(folder)
     bars: dict[str, TaskID] = {}
@@ -237,7 +247,7 @@ def _race(spec: RaceSpec, folder: Path, resuming: bool, workers: int | None, ran
             progress.update(bars[news.job], completed=news.fraction, news=f"{news.what}: ‖∇f‖² {norm}")
 
         try:
-            run_race(spec, folder, again(), resuming, workers, on_news, on_job, on_step, ranks)
+            run_race(spec, folder, again(), resuming, workers, on_news, on_job, on_step, ranks, course)
         except KeyboardInterrupt:
             progress.stop()
             if (folder / "race.json").exists():

@@ -54,7 +54,8 @@ from shoal.core import Method, OnNonFinite, Row
 from shoal.errors import ConfigError
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import make_folder, versions
-from shoal.experiments.run import Run, load_result, prepare, simulate
+from shoal.experiments.prepared import prepare
+from shoal.experiments.run import Run, load_result, simulate
 from shoal.experiments.spec import ProblemSpec, RunSpec
 from shoal.problems.secants import Seen
 from shoal.runtimes import checked_policy, replicated, supervisor

@@ -22,6 +22,11 @@ PERIOD = 0.25  # seconds between two questions: an exchange of 24 bytes costs a 
 FASTEST = 2**20  # rounds between them at most
 
 
+def stopped(number: int) -> BaseException:
+    """What ends a process that was sent SIGINT or SIGTERM."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(143)
+
+
 class Interrupts:
     """Ctrl-C and SIGTERM wait for the end of a round, so that a checkpoint is always of a whole one; the second Ctrl-C
     does not wait."""
@@ -33,6 +38,11 @@ class Interrupts:
         if self.asked is not None:
             raise KeyboardInterrupt
         self.asked = number
+
+    def heed(self) -> None:
+        """Raises what a signal asked for, where there was one."""
+        if self.asked is not None:
+            raise stopped(self.asked)
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -17,9 +17,10 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from queue import Empty
 from typing import Any, NamedTuple
@@ -31,10 +32,12 @@ from shoal.core import Compressor, Method, Problem, Row
 from shoal.errors import ConfigError, ResumeMismatch
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import machine, make_folder, versions, write_json
-from shoal.experiments.run import Run, fingerprint, load_result, prepare, simulate
+from shoal.experiments.prepared import fingerprint, prepare, settle
+from shoal.experiments.run import Run, load_result, simulate
 from shoal.experiments.spec import RaceSpec
 from shoal.messages import Round
 from shoal.runtimes.ranks import Ranks
+from shoal.theory import ONE, ZERO, Smoothness
 from shoal.wire import digest
 
 UNPROVED = (-8, 4)  # exponents tried where no theorem gives a step size: multiples of 1/L_-
@@ -48,6 +51,15 @@ class News(NamedTuple):
     what: str
     fraction: float
     grad_norm_sq: float
+
+
+class Course(NamedTuple):
+    """What all runs of a race share. problem: on a rank that is not the first it holds this rank's clients alone;
+    reasons: of each method without a theorem."""
+
+    problem: Problem
+    smoothness: Smoothness
+    reasons: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -88,18 +100,18 @@ class Job:
     """All runs of one method under one step rule, in order; a finished run is read, not run again."""
 
     def __init__(
-        self, spec: RaceSpec, index: int, rule: str, out: Path, ranks: Ranks | None = None,
-        on_news: Callable[[News], None] | None = None,
+        self, spec: RaceSpec, index: int, rule: str, out: Path, problem: Problem, smoothness: Smoothness,
+        ranks: Ranks | None = None, on_news: Callable[[News], None] | None = None,
     ) -> None:  # fmt: skip
         self.spec, self.rule, self.out, self.ranks, self.on_news = spec, rule, out, ranks, on_news
-        self.problem = spec.problem.build(spec.files)
+        self.problem, self.smoothness = problem, smoothness
         self.method: Method = parse(spec.methods[index], known_names(spec.files), Method)
         self.label, self.slug = compact(self.method), slug(index, compact(self.method))
         self.name = f"{self.label} · {rule}"
         # Once, for the whole budget: DCGD's theory depends on the horizon, and a try's is shorter.
         self.theory = prepare(
             self.problem, self.method, rounds=spec.rounds, bits=spec.bits, target=spec.target, step="theory",
-            multiple=1.0, pl=spec.pl, need_theory=False,
+            multiple=1.0, pl=spec.pl, need_theory=False, smoothness=smoothness,
         )[1]  # fmt: skip
         self._said = 0.0
 
@@ -152,7 +164,7 @@ class Job:
             here["channel"] = self.ranks.channel(self.problem.n, digest(config))
         run: Run = simulate(
             self.problem, self.method, rounds=rounds, bits=bits, target=s.target, seed=seed, step=step,
-            multiple=multiple, pl=s.pl, every=s.every, record=tell, **here,
+            multiple=multiple, pl=s.pl, every=s.every, record=tell, smoothness=self.smoothness, **here,
         )  # fmt: skip
         last = run.rows[-1]
         norm = last.grad_norm_sq if last.grad_norm_sq == last.grad_norm_sq else float("inf")
@@ -166,41 +178,73 @@ class Job:
         return json.loads(self.ranks.hear(json.dumps(found).encode()))
 
 
-def _work(spec_json: str, index: int, rule: str, out: str) -> str:
-    on_news = _told.put if _told is not None else None
-    return Job(RaceSpec.model_validate_json(spec_json), index, rule, Path(out), on_news=on_news).run()
+@lru_cache(maxsize=1)
+def _problem(spec_json: str) -> Problem:
+    """Kept: job follows job on one problem."""
+    spec = RaceSpec.model_validate_json(spec_json)
+    return spec.problem.build(spec.files)
+
+
+def _work(spec_json: str, index: int, rule: str, out: str, smoothness: Smoothness) -> str:
+    on_news, spec = _told.put if _told is not None else None, RaceSpec.model_validate_json(spec_json)
+    return Job(spec, index, rule, Path(out), _problem(spec_json), smoothness, on_news=on_news).run()
 
 
 # ------------------------------------------------------------------------------------------------ the race
-def check(spec: RaceSpec) -> tuple[Problem, dict[str, str]]:
-    """The problem, and for each method without a theorem the reason. Raises ConfigError before anything is written."""
-    problem, names, reasons = spec.problem.build(spec.files), known_names(spec.files), {}
-    labels = []
-    for text in spec.methods:
-        method = parse(text, names, Method)
-        labels.append(compact(method))
-        budget = {"rounds": spec.rounds, "bits": spec.bits, "target": spec.target}
-        theory = prepare(problem, method, step="theory", multiple=1.0, pl=spec.pl, need_theory=False, **budget)[1]  # type: ignore[arg-type]
-        if theory.evidence == "none":
-            reasons[labels[-1]] = theory.theorem
-    start = fingerprint(problem)["grad_norm_sq"]
-    if spec.target >= start:
-        raise ConfigError(f"target={spec.target:g}: ||grad f(x^0)||^2 is {start:.3g} already; choose a smaller one.")
+def check(spec: RaceSpec, ranks: Ranks | None = None, held: list[Problem] | None = None) -> Course:
+    """What all runs share. Raises ConfigError before anything is written.
+
+    ranks: all of these do it together. held: the problem, built already; it is taken out, as on a rank of several
+    nobody else may hold the others' data.
+    """
+    names, reasons = known_names(spec.files), dict[str, str]()
+    methods: list[Method] = [parse(text, names, Method) for text in spec.methods]
+    labels = [compact(method) for method in methods]
+    problem = held.pop() if held else spec.problem.build(spec.files)
+    for method in methods:
+        method.check(problem.n, problem.d)
     if len(set(labels)) < len(labels):
         raise ConfigError(f"methods: {', '.join(labels)}: each at most once.")
+    if ranks is None or ranks.peers.world == 1:
+        smoothness, start = problem.smoothness(), fingerprint(problem)["grad_norm_sq"]
+    else:
+        _warm_up(problem, methods)
+        problem, smoothness, start = _shared(problem, spec, ranks)
+    if spec.target >= start:
+        raise ConfigError(f"target={spec.target:g}: ||grad f(x^0)||^2 is {start:.3g} already; choose a smaller one.")
+    for method, label in zip(methods, labels, strict=True):
+        theory = prepare(
+            problem, method, rounds=spec.rounds, bits=spec.bits, target=spec.target, step="theory", multiple=1.0,
+            pl=spec.pl, need_theory=False, smoothness=smoothness,
+        )[1]  # fmt: skip
+        if theory.evidence == "none":
+            reasons[label] = theory.theorem
     if len(reasons) == len(labels) and "tuned" not in spec.steps:
         raise ConfigError(
             f"no method here has a step size from theory ({next(iter(reasons.values()))}); add --steps tuned."
         )
-    return problem, reasons
+    return Course(problem, smoothness, reasons)
 
 
-def warm_up(problem: Problem, spec: RaceSpec) -> None:
+def _shared(whole: Problem, spec: RaceSpec, ranks: Ranks) -> tuple[Problem, Smoothness, float]:
+    """What this rank keeps of the problem, the constants, and ||grad f(x^0)||^2."""
+    channel = ranks.channel(whole.n, digest(json.loads(spec.model_dump_json())))
+    mine = whole.only(channel.clients)
+    whole = whole if ranks.first else mine
+    smoothness, start = settle(mine, whole, None, channel)
+    norm = torch.tensor([0.0 if start is None else start.facts["grad_norm_sq"]], dtype=torch.float64)
+    return whole, smoothness, float(channel.together(norm)[0])
+
+
+def _warm_up(problem: Problem, methods: Sequence[Method]) -> None:
     """Two rounds of every method, and one message of its compressor: what must be compiled is compiled here, once."""
-    names, rnd = known_names(spec.files), Round.full(1, 0, problem.n)
-    for text in spec.methods:
-        method = parse(text, names, Method)
-        simulate(problem, method, rounds=2, step=1e-3 / float(problem.smoothness().minus))
+    n, rnd = problem.n, Round.full(1, 0, problem.n)
+    # What is compiled does not depend on the constants: none need to be known here.
+    some = Smoothness(
+        ONE, ONE, ONE, ONE, ONE, f_inf=ZERO, each=(1.0,) * n, plus_w=ONE, pm_w=ONE, apart=ONE, together=ONE
+    )
+    for method in methods:
+        simulate(problem, method, rounds=2, step=1e-9, smoothness=some)
         code = getattr(method, "compressor", None)
         if isinstance(code, Compressor):  # MARINA's coin may have shown heads twice
             u = problem.grad(problem.start(), rnd)
@@ -220,20 +264,20 @@ def race(
     on_job: Callable[[str, float], None] = lambda job, fraction: None,
     on_step: Callable[[str], None] = lambda text: None,
     ranks: Ranks | None = None,
+    course: Course | None = None,
 ) -> Path:
     """Run the race into `out` and return it; KeyboardInterrupt leaves a folder that resume=True can finish.
 
     on_news hears running jobs, on_job (name, 0 at the start and 1 at the end) each job, on_step what else takes time.
     ranks: every run is one of all ranks together, one after the other, instead of `workers` runs at a time; all
-    write checkpoints, the first rank everything else.
+    write checkpoints, the first rank everything else. course: what `check` returned, if it was called.
     """
-    problem, reasons = check(spec)
+    course = course or check(spec, ranks)
     if ranks is not None and not ranks.first:
-        warm_up(problem, spec)
-        _run_along(spec, out, reasons, ranks)
+        _run_along(spec, out, course, ranks)
         return out
     stored = json.loads(spec.model_dump_json())
-    facts = _facts(spec, problem, reasons, command)
+    facts = _facts(spec, course, command)
     if resume and (out / "race.json").exists():
         held = json.loads((out / "race.json").read_text())
         if held.get("spec") != stored:
@@ -243,12 +287,12 @@ def race(
         make_folder(out)
     write_json(out / "race.json", {**facts, "status": "running"})
     try:
-        on_step("compiling kernels (kept for the next time)")
-        warm_up(problem, spec)
         if ranks is not None:
-            _run_along(spec, out, reasons, ranks, on_news, on_job)
+            _run_along(spec, out, course, ranks, on_news, on_job)
         else:
-            _run_jobs(spec, out, reasons, workers, on_news, on_job)
+            on_step("compiling kernels (kept for the next time)")
+            _warm_up(course.problem, [parse(text, known_names(spec.files), Method) for text in spec.methods])
+            _run_jobs(spec, out, course, workers, on_news, on_job)
     except BaseException:
         write_json(out / "race.json", {**facts, "status": "interrupted"})
         raise
@@ -256,8 +300,9 @@ def race(
     return out
 
 
-def _facts(spec: RaceSpec, problem: Problem, reasons: dict[str, str], command: str) -> dict[str, Any]:
+def _facts(spec: RaceSpec, course: Course, command: str) -> dict[str, Any]:
     """What race.json says beside the status."""
+    problem, smoothness, reasons = course
     described = {k: v for k, v in spec.problem.model_dump().items() if v is not None} | {"n": problem.n, "d": problem.d}
     described["description"] = repr(problem)
     names = known_names(spec.files)
@@ -266,7 +311,7 @@ def _facts(spec: RaceSpec, problem: Problem, reasons: dict[str, str], command: s
         "methods": [compact(parse(text, names, Method)) for text in spec.methods],
         "steps": list(spec.steps), "seeds": list(spec.seeds), "rounds": spec.rounds, "bits": spec.bits,
         "target": spec.target, "tune": list(spec.tune), "tune_unproved": list(UNPROVED), "no_theorem": reasons,
-        "smoothness": {k: list(v) for k, v in problem.smoothness().facts().items()}, "command": command,
+        "smoothness": {k: list(v) for k, v in smoothness.facts().items()}, "command": command,
         "versions": versions(), "machine": machine(), "spec": json.loads(spec.model_dump_json()),
     }  # fmt: skip
 
@@ -286,29 +331,29 @@ def _wanted(spec: RaceSpec, reasons: dict[str, str]) -> list[tuple[int, str, str
 def _run_along(
     spec: RaceSpec,
     out: Path,
-    reasons: dict[str, str],
+    course: Course,
     ranks: Ranks,
     on_news: Callable[[News], None] | None = None,
     on_job: Callable[[str, float], None] = lambda job, fraction: None,
 ) -> None:
     """All jobs in this process, each with all other ranks."""
-    wanted = _wanted(spec, reasons)
+    wanted = _wanted(spec, course.reasons)
     for _, _, job in wanted:
         on_job(job, 0.0)
     for index, rule, job in wanted:
-        Job(spec, index, rule, out, ranks, on_news).run()
+        Job(spec, index, rule, out, course.problem, course.smoothness, ranks, on_news).run()
         on_job(job, 1.0)
 
 
 def _run_jobs(
     spec: RaceSpec,
     out: Path,
-    reasons: dict[str, str],
+    course: Course,
     workers: int | None,
     on_news: Callable[[News], None],
     on_job: Callable[[str, float], None],
 ) -> None:
-    wanted = _wanted(spec, reasons)
+    wanted = _wanted(spec, course.reasons)
     context = multiprocessing.get_context("spawn")
     told, stop = context.Queue(), context.Event()
     count = min(workers or os.cpu_count() or 1, len(wanted))
@@ -318,7 +363,8 @@ def _run_jobs(
         # Workers inherit the mask: a Ctrl-C must not hit one that is still importing.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         for index, rule, job in wanted:
-            waiting[pool.submit(_work, spec.model_dump_json(), index, rule, str(out))] = job
+            task = pool.submit(_work, spec.model_dump_json(), index, rule, str(out), course.smoothness)
+            waiting[task] = job
             on_job(job, 0.0)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         while waiting:

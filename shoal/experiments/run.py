@@ -6,30 +6,29 @@ import hashlib
 import json
 import math
 import os
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from shoal import kernels
 from shoal.core import Channel, Method, OnNonFinite, Problem, Recorder, Row, State
 from shoal.descents import Step
 from shoal.errors import CheckpointCorrupt, ConfigError, NonFiniteError, PeerLost
 from shoal.experiments.checkpoint import Checkpoints, Found
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import Folder
-from shoal.experiments.interrupts import Interrupts, Pulse
+from shoal.experiments.interrupts import Interrupts, Pulse, stopped
+from shoal.experiments.prepared import Start, check_settings, fingerprint, prepare, settle
 from shoal.experiments.recovery import Memory
 from shoal.messages import Round
 from shoal.problems.secants import Seen, Trail
 from shoal.rng import checked_seed
-from shoal.runtimes import Local, checked_policy, chunks, rounds
+from shoal.runtimes import Local, checked_policy, rounds
 from shoal.runtimes.attempts import Attempts
-from shoal.theory import Setting, Smoothness, StepSize
+from shoal.theory import Smoothness, StepSize
 from shoal.wire import digest
 
 if TYPE_CHECKING:
@@ -130,63 +129,15 @@ def arrived(row: Row, first: Row, target: float | None) -> bool:
     return target is not None and row.grad_norm_sq <= target and row.value <= first.value
 
 
-def prepare(
-    problem: Problem,
-    method: Method,
-    *,
-    rounds: int | None,
-    bits: float | None,
-    target: float | None,
-    step: float | Literal["theory"],
-    multiple: float,
-    pl: bool,
-    need_theory: bool = True,
-) -> tuple[Method, StepSize, float]:
-    """The method with numbers in every place, the theory's step size, and the step size to use.
+class Settled(NamedTuple):
+    """What all processes go by: `config` is the folder's, which only the first knows whole, `shaken` is everybody's."""
 
-    Raises ConfigError, before anything runs, for whatever does not fit together.
-    """
-    if not isinstance(problem, Problem) or not isinstance(method, Method):
-        raise ConfigError(f"{method!r} on {problem!r}: a run takes a Problem and a Method, such as Marina(PermK()).")
-    if rounds is None and bits is None:
-        raise ConfigError("a run needs a budget: rounds=..., bits=..., or both.")
-    if rounds is not None and (isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1):
-        raise ConfigError(f"rounds={rounds!r}: an integer, at least one.")
-    for name, value in (("bits", bits), ("target", target), ("multiple", multiple)):
-        if value is not None and not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
-            raise ConfigError(f"{name}={value!r}: it must be a positive finite number.")
-    if step != "theory" and not (isinstance(step, int | float) and step > 0 and math.isfinite(step)):
-        raise ConfigError(f"step={step!r}: a step size is 'theory' or a positive finite number.")
-    method.check(problem.n, problem.d)
-    constants = problem.smoothness()
-    if pl and constants.mu is None:
-        raise ConfigError(f"pl=True: no PL constant is known for {problem.name}; leave pl out.")
-    setting = Setting(problem.n, problem.d, constants, rounds, bits, pl)
-    method = method.resolved(setting)
-    theory = method.step_size(setting)
-    if theory.evidence == "proved" and any(status == "estimate" for _, status in constants.facts().values()):
-        theory = replace(
-            theory, theorem=f"{theory.theorem}; L estimated, which no theorem covers", evidence="numerical"
-        )
-    if step == "theory" and need_theory and theory.evidence == "none":
-        raise ConfigError(
-            f"{compact(method)} has no step size from theory here ({theory.theorem}); give one: step=0.1."
-        )
-    return method, theory, multiple * (theory.gamma if step == "theory" else step)
-
-
-def fingerprint(problem: Problem, chunk: int | None = None) -> dict[str, Any]:
-    """What tells one problem from another, whatever it is called: f(x^0), ||grad f(x^0)||^2 and a digest of all
-    clients' values and gradients there."""
-    x, digest, values, total = problem.start(), hashlib.sha256(), [], torch.zeros(problem.d, dtype=torch.float64)
-    for part in chunks(problem.n, problem.d, chunk):
-        value, rows = problem.evaluate(x, torch.arange(problem.n)[part])
-        digest.update(value.numpy().tobytes())
-        digest.update(rows.numpy().tobytes())
-        values += value.tolist()
-        kernels.of(rows).add_rows(rows, total)
-    norm = kernels.of(total).square_norm(total / problem.n)
-    return {"f": math.fsum(values) / problem.n, "grad_norm_sq": norm, "sha256": digest.hexdigest()}
+    method: Method
+    theory: StepSize
+    gamma: float
+    smoothness: Smoothness
+    config: dict[str, Any]
+    shaken: dict[str, Any]
 
 
 def execute(
@@ -264,7 +215,7 @@ def execute(
         if checkpoints is not None and (due or asked is not None):
             checkpoints.save(state, rows, faults, trail)
         if asked is not None:
-            raise KeyboardInterrupt if asked == signal.SIGINT else SystemExit(143)
+            raise stopped(asked)
 
 
 def simulate(
@@ -287,6 +238,7 @@ def simulate(
     attempts: Attempts | None = None,
     facts: dict[str, Any] | None = None,
     on_nonfinite: OnNonFinite = "raise",
+    smoothness: Smoothness | None = None,
 ) -> Run:
     """Simulate a method on a problem, all n clients in this process.
 
@@ -299,7 +251,8 @@ def simulate(
     the same arguments, and the first one writes rows and result. attempts: channels that follow one another as ranks
     are lost and replaced; the run goes on where all of them stood. facts: stored in config.json beside the settings.
     on_nonfinite: what becomes of a round in which a client has a NaN or an infinity: "raise" (the run ends, diverged),
-    "skip" it, "drop" the client from it (docs/faults.md).
+    "skip" it, "drop" the client from it (docs/faults.md). smoothness: what is known of the problem (default: what the
+    problem says; over several processes, what it says in the first, which alone needs all clients' data).
     Raises ConfigError before anything runs if the parts do not fit together.
 
         >>> import shoal
@@ -314,69 +267,81 @@ def simulate(
     made = parse(method, known_names(), Method) if isinstance(method, str) else method
     budget: dict[str, Any] = {"rounds": rounds, "bits": bits, "target": target}
     checked_policy(on_nonfinite, made)
-    ready, theory, gamma = prepare(problem, made, step=step, multiple=multiple, pl=pl, **budget)
-    label, descent = compact(made), Step(gamma)
-    folder: Folder | None = None
-    checkpoints: Checkpoints | None = None
-    rule = "theory" if step == "theory" else "given"
-    config: dict[str, Any] = {"problem": {"name": problem.name, "n": problem.n, "d": problem.d}, "method": label}
-    config |= {"seed": seed, **budget, "step": {"rule": rule, "gamma": gamma, "multiple": multiple}, "every": every}
-    config["on_nonfinite"] = on_nonfinite
+    check_settings(problem, made, step=step, multiple=multiple, **budget)
+    label = compact(made)
     channel = channel or (Local(problem.n) if attempts is None else attempts.channel)
-    smoothness, shaken = problem.smoothness(), None
-    if len(channel.clients) < problem.n:
-        # To six digits: what machines may differ in is the last bits, and those of gamma decide.
-        constants = {k: f"{v:.6g}" for k, (v, _) in smoothness.facts().items()}
-        shaken = config | {"resolved": compact(ready), "constants": constants}
-    whole, rows, faults, trail = problem, list[Row](), list[dict[str, Any]](), Trail()
-    if shaken is not None:
+    several, whole = len(channel.clients) < problem.n, problem
+    if several:
         problem = whole.only(channel.clients)
         if channel.rank > 0:
             whole = problem  # the others' data can go; the first rank says what the whole problem is
+    rows, faults, trail = list[Row](), list[dict[str, Any]](), Trail()
+    asked: dict[str, Any] = {"problem": {"name": problem.name, "n": problem.n, "d": problem.d}, "method": label}
+    asked |= {"seed": seed, **budget, "every": every, "on_nonfinite": on_nonfinite}
+    asked["step"] = {"rule": "theory" if step == "theory" else "given", "multiple": multiple}
+    folder: Folder | None = None
+    checkpoints: Checkpoints | None = None
     memory: Memory | None = None
     interrupts = Interrupts()
 
-    def begun(channel: Channel) -> Found | None:
+    def concluded(known: Smoothness) -> Settled:
+        """What follows from the constants."""
+        ready, theory, gamma = prepare(problem, made, step=step, multiple=multiple, pl=pl, smoothness=known, **budget)
+        config = asked | {"step": asked["step"] | {"gamma": gamma}}
+        return Settled(ready, theory, gamma, known, config, config | {"resolved": compact(ready)})
+
+    settled = None if several else concluded(smoothness or problem.smoothness())
+
+    def begun(channel: Channel) -> tuple[Settled, Found | None]:
         """Everything that ranks do together before the first round of an attempt."""
-        nonlocal folder, checkpoints, memory
-        if shaken is not None:
-            channel.open(shaken)
+        nonlocal settled, folder, checkpoints, memory
+        restarted = attempts is not None and attempts.number > 0
+        fresh = attempts is None or not (restarted and attempts.supervised)  # else a copy has taken a rank's place
+        start: Start | None = None
+        if several:
+            channel.open(asked)  # before anything that takes long
+            known, start = settle(problem, whole, smoothness, channel, fresh, chunk, interrupts.heed)
+            settled = settled or concluded(known)
+            channel.open(settled.shaken)
+        assert settled is not None
+        config, descent = settled.config, Step(settled.gamma)
         if out is None:
-            return None
+            return settled, None
         if channel.rank == 0 and folder is None:
             # Identity is what the problem computes: a repr may hold an address, or leave out the split.
-            config["problem"] = {**config["problem"], "start": fingerprint(whole, chunk)}
-            known = {"smoothness": {k: list(v) for k, v in smoothness.facts().items()}, "title": label}
-            replaced = attempts is not None and attempts.number > 0
-            if replaced:  # its predecessor died behind its last word, which is said again
+            looks = fingerprint(whole, chunk) if start is None else start.facts
+            config["problem"] = {**config["problem"], "start": looks}
+            curved = {"smoothness": {k: list(v) for k, v in settled.smoothness.facts().items()}, "title": label}
+            if restarted:  # its predecessor died behind its last word, which is said again
                 (Path(out) / "result.json").unlink(missing_ok=True)
-            folder = Folder(Path(out), config, resume or replaced, {**known, "described": repr(whole), **(facts or {})})
+            described = {**curved, "described": repr(whole), **(facts or {})}
+            folder = Folder(Path(out), config, resume or restarted, described)
         # From the first rank: only it knows the fingerprint, and a folder named after the time may differ.
         said = digest(config) + os.fsencode(out).ljust(PATH_MAX, b"\0")
         heard = bytes(channel.together(torch.tensor(list(said), dtype=torch.uint8))[0].tolist())
         identity, place = heard[:8], Path(os.fsdecode(heard[8:].rstrip(b"\0")))
         checkpoints = Checkpoints(place, identity.hex(), channel)
         x = problem.start()
-        server, workers = ready.init(x, Round.full(0, seed, channel.n, channel.clients))
-        fresh = State(0, x, server, workers, descent.init(x))
+        server, workers = settled.method.init(x, Round.full(0, seed, channel.n, channel.clients))
+        first = State(0, x, server, workers, descent.init(x))
         found = None
         if attempts is not None and attempts.supervised:
-            memory = memory or Memory(place, identity, channel, checkpoints.world, fresh)
+            memory = memory or Memory(place, identity, channel, checkpoints.world, first)
             if attempts.number > 0:
                 found = memory.stand(attempts.channel, rows, faults)
-        return found or checkpoints.load(fresh)
+        return settled, found or checkpoints.load(first)
 
     def ended(channel: Channel) -> Run:
         """One attempt, to its end."""
-        found = begun(channel)
+        known, found = begun(channel)
         state, stopped, note = execute(
-            problem, ready, descent, channel, seed=seed, limit=rounds, bits=bits, target=target, every=every,
-            chunk=chunk, folder=folder, checkpoints=checkpoints, memory=memory, record=record,
+            problem, known.method, Step(known.gamma), channel, seed=seed, limit=rounds, bits=bits, target=target,
+            every=every, chunk=chunk, folder=folder, checkpoints=checkpoints, memory=memory, record=record,
             on_nonfinite=on_nonfinite, interrupts=interrupts, found=found, rows=rows, faults=faults, trail=trail,
         )  # fmt: skip
         run = Run(
-            label, ready, theory, gamma, rows, state.x, stopped, note, target, faults, config, channel.moved(),
-            smoothness, trail.seen,
+            label, known.method, known.theory, known.gamma, rows, state.x, stopped, note, target, faults, known.config,
+            channel.moved(), known.smoothness, trail.seen,
         )  # fmt: skip
         if folder is not None:
             folder.finish(run.result())

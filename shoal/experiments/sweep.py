@@ -24,7 +24,8 @@ from shoal.experiments import pool
 from shoal.experiments.expressions import known_names, parse
 from shoal.experiments.folder import machine, make_folder, versions, write_json
 from shoal.experiments.grid import SweepSpec
-from shoal.experiments.run import load_result, prepare, simulate
+from shoal.experiments.prepared import prepare
+from shoal.experiments.run import load_result, simulate
 from shoal.experiments.spec import RunSpec
 
 COLUMNS = (  # of the results, after the settings

@@ -17,7 +17,7 @@ from shoal.errors import ConfigError
 from shoal.experiments import sweep as sweeps
 from shoal.experiments.folder import machine, versions, write_json
 from shoal.experiments.grid import Grid, SweepSpec
-from shoal.experiments.run import fingerprint
+from shoal.experiments.prepared import fingerprint
 from shoal.experiments.spec import ProblemSpec, RunSpec
 from shoal.experiments.sweep import Progress
 
