@@ -18,10 +18,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from shoal import errors, kernels
+from shoal import errors, kernels, rng
 from shoal.core import Channel, Method, Problem
 from shoal.errors import ConfigError, ConfigMismatch, PeerLost, ShoalError
 from shoal.experiments.expressions import compact
+from shoal.kernels import Draw
 from shoal.runtimes import chunks
 from shoal.theory import Setting, Smoothness, StepSize
 
@@ -90,7 +91,8 @@ def prepare(
 
 
 class Start(NamedTuple):
-    """Clients at x^0. numbers (2, m) float64: f_i and ||grad f_i||; facts: what tells one problem from another."""
+    """Clients at x^0. numbers (3, m) float64: f_i, ||grad f_i||, and grad f_i along a direction of signs; facts: what
+    tells one problem from another."""
 
     numbers: Tensor
     facts: dict[str, Any]
@@ -100,11 +102,14 @@ def at_start(problem: Problem, clients: Tensor, chunk: int | None = None) -> Sta
     """f, ||grad f||^2 and a digest of all values and gradients, of the mean over these clients at x^0."""
     x, hashed, numbers = problem.start(), hashlib.sha256(), list[Tensor]()
     total = torch.zeros(problem.d, dtype=torch.float64)
+    coins = rng.below(Draw(rng.SHARED, 0, rng.stream_id("prepared.signs"), 0), problem.d, 2)[0]
+    signs = 2.0 * coins.to(torch.float64) - 1.0
     for part in chunks(len(clients), problem.d, chunk):
         values, rows = problem.evaluate(x, clients[part])
         hashed.update(values.numpy().tobytes())
         hashed.update(rows.numpy().tobytes())
-        numbers.append(torch.stack([values, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)]))
+        wide = rows.to(torch.float64)
+        numbers.append(torch.stack([values, torch.linalg.vector_norm(wide, dim=1), wide @ signs]))
         kernels.of(rows).add_rows(rows, total)
     found, m = torch.cat(numbers, dim=1), len(clients)
     norm = kernels.of(total).square_norm(total / m)
@@ -165,23 +170,26 @@ def check_data(problem: Problem, whole: Start | None, channel: Channel, chunk: i
 
     To three digits: gradients may differ in their last bits where machines do.
     """
-    mine = torch.zeros(3, channel.n, dtype=torch.float64)
+    mine = torch.zeros(4, channel.n, dtype=torch.float64)
     clients = channel.clients if whole is None else torch.arange(channel.n)
-    mine[:2, clients] = (whole or at_start(problem, clients, chunk)).numbers
-    mine[2, clients] = 1.0
+    mine[:3, clients] = (whole or at_start(problem, clients, chunk)).numbers
+    mine[3, clients] = 1.0
     known, *others = channel.together(mine)
-    least = 1e-6 * known[:2].nan_to_num(0.0, 0.0, 0.0).abs().amax(1, keepdim=True)
+    here = known[:3]
+    size = here.abs()[[0, 1, 1]]  # along a direction a gradient may be anything up to its norm
+    allowed = 1e-3 * size + 1e-6 * size.nan_to_num(0.0, 0.0, 0.0).amax(1, keepdim=True)
     for rank, told in enumerate(others, 1):
-        there, here = told[:2], known[:2]
-        same = here.isfinite() & ((there - here).abs() <= least + 1e-3 * here.abs())
+        there = told[:3]
+        same = here.isfinite() & ((there - here).abs() <= allowed)
         same |= (there == here) | (there.isnan() & here.isnan())
-        wrong = torch.nonzero(told[2].bool() & ~same.all(0))[:, 0].tolist()
+        wrong = torch.nonzero(told[3].bool() & ~same.all(0))[:, 0].tolist()
         if wrong:
-            (f, norm), (other, another) = known[:2, wrong[0]].tolist(), told[:2, wrong[0]].tolist()
+            i = wrong[0]
+            theirs, ours = (", ".join(f"{v:.6g}" for v in one[:3, i].tolist()) for one in (told, known))
             raise ConfigMismatch(
-                f"rank {rank} has other data than rank 0 for {len(wrong)} of its clients: f_{wrong[0]}(x^0) = "
-                f"{other:.6g} and ||grad f_{wrong[0]}(x^0)|| = {another:.6g} there, {f:.6g} and {norm:.6g} at rank 0; "
-                "give all ranks the same files."
+                f"rank {rank} has other data than rank 0 for {len(wrong)} of its clients: f_{i}, ||grad f_{i}|| and "
+                f"grad f_{i} along one direction are {theirs} at x^0 there, {ours} at rank 0; give all ranks the same "
+                "files."
             )
 
 
