@@ -216,7 +216,8 @@ def reproduce(
 def page(what: Reproduction, outcome: Outcome, rows: Rows, command: str) -> str:
     """The report in Markdown."""
     seeds = sorted({row["seed"] for row in rows})
-    said = f"{len(rows)} runs, seeds {', '.join(map(str, seeds))}" if rows else "computed, no runs"
+    which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    said = f"{len(rows)} runs, {which}" if rows else "computed, no runs"
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
     header = ("claim", "known from", "our figure", "verdict", "why")
     found = [(f.claim, f.basis, f.figure, f.verdict, f.why) for f in outcome.findings]
