@@ -43,7 +43,7 @@ ONE, ZERO = Constant(1.0, "exact"), Constant(0.0, "exact")
 
 @dataclass(frozen=True)
 class Smoothness:
-    """What is known of f = (1/n) sum f_i. A field is None where nothing is known.
+    """What is known of f = (1/n) sum f_i. A field is None where nothing is known; a plain number is an estimate.
 
     minus  L_-:  ||grad f(x) - grad f(y)|| <= L_- ||x - y||
     plus   L_+:  (1/n) sum ||grad f_i(x) - grad f_i(y)||^2 <= L_+^2 ||x - y||^2
@@ -81,6 +81,11 @@ class Smoothness:
     pm_w: Constant | None = None
     apart: Constant | None = None
     together: Constant | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name != "each" and value is not None and not isinstance(value, Constant):
+                object.__setattr__(self, name, Constant(value, "estimate"))
 
     def facts(self) -> dict[str, tuple[float, Status]]:
         """The known single constants as name -> (value, status): what a report prints."""

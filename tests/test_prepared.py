@@ -23,7 +23,7 @@ from shoal import Quadratics, simulate
 from shoal.data import load
 from shoal.errors import ConfigError, ConfigMismatch, PeerLost
 from shoal.experiments import prepared
-from shoal.experiments.prepared import at_start, check_data, from_first, settle
+from shoal.experiments.prepared import Survey, at_start, fingerprint
 from shoal.experiments.run import load_result
 from shoal.problems import Classification
 from shoal.theory import Constant, Smoothness
@@ -69,86 +69,129 @@ def ranked(work, n: int = 5, world: int = 3) -> list:
     return out
 
 
-def test_all_hear_what_the_first_works_out(monkeypatch):
-    """In a thread of its own with the caller's number of threads, while the others give signs of life."""
-    monkeypatch.setattr(prepared, "PULSE", 0.01)
-    seen, before = [], torch.get_num_threads()
+class Asked(Quadratics):
+    """Its constants and gradients are what a test makes of them."""
 
-    def work() -> bytes:
-        seen.append(torch.get_num_threads())
-        time.sleep(0.2)
-        return bytes(range(256)) * 40
+    def smoothness(self):
+        return constants_of(self)
+
+    def evaluate(self, x, clients):
+        EVALUATED.append((torch.get_num_threads(), tuple(clients.tolist())))
+        return super().evaluate(x, clients)
+
+
+constants_of = Quadratics.smoothness
+EVALUATED: list = []
+ASKED = Asked(n=5, d=6, noise=0.3, lam=0.1)
+
+
+@pytest.fixture
+def asking(monkeypatch):
+    """Sets what `ASKED.smoothness()` does."""
+    monkeypatch.setattr(prepared, "PULSE", 0.01)
+    EVALUATED.clear()
+    return lambda work: monkeypatch.setitem(globals(), "constants_of", work)
+
+
+def survey(lane, given=None, **more) -> Survey:
+    return Survey(ASKED if lane.rank == 0 else ASKED.only(lane.clients), given, lane, **more)
+
+
+def test_all_hear_what_the_first_works_out(asking):
+    """In a thread of its own with the caller's number of threads, while the others give signs of life; each evaluates
+    its own clients meanwhile."""
+    before = torch.get_num_threads()
+
+    def slow(problem):
+        time.sleep(0.3)
+        return Quadratics.smoothness(problem)
 
     def one(lane):
         torch.set_num_threads(1)
-        return from_first(work, lane), lane.asked
+        mine = survey(lane)
+        return mine.share(lane), lane.asked, mine.start
 
+    asking(slow)
     out = ranked(one)
     torch.set_num_threads(before)
-    assert [said for said, _ in out] == [bytes(range(256)) * 40] * 3
-    assert min(asked for _, asked in out) > 5
-    assert seen == [1]
+    expected = QUADRATICS.smoothness()
+    for known, asked, _ in out:
+        assert known == expected
+        assert known.facts() == expected.facts()
+        assert known.each == expected.each
+        assert asked > 5
+    assert {threads for threads, _ in EVALUATED} == {1}
+    assert {clients for _, clients in EVALUATED} == {(0, 1, 2, 3, 4), (2, 3), (4,)}
+    assert out[0][2].facts == fingerprint(QUADRATICS)
 
 
-def test_all_hear_why_the_first_could_not():
-    def refused() -> bytes:
+def test_what_is_given_is_not_searched(asking):
+    given = replace(QUADRATICS.smoothness(), mu=None, minus=Constant(1 / 3, "estimate"))
+    asking(None)
+    for known in ranked(lambda lane: survey(lane, given if lane.rank == 0 else None).share(lane)):
+        assert known == given
+        assert known.facts() == given.facts()
+
+
+def test_all_hear_why_the_first_could_not(asking):
+    def refused(problem):
         raise ConfigError("no constants: none are known.")
 
-    out = ranked(lambda lane: from_first(refused, lane))
+    asking(refused)
+    out = ranked(lambda lane: survey(lane).share(lane))
     assert [(type(error), str(error)) for error in out] == [(ConfigError, "no constants: none are known.")] * 3
 
 
-def test_an_error_that_is_not_ours_ends_the_first():
-    def broken() -> bytes:
+def test_an_error_that_is_not_ours_ends_the_first(asking):
+    def broken(problem):
         raise ZeroDivisionError
 
-    out = ranked(lambda lane: from_first(broken, lane))
+    asking(broken)
+    out = ranked(lambda lane: survey(lane).share(lane))
     assert isinstance(out[0], ZeroDivisionError)
     assert all(isinstance(error, threading.BrokenBarrierError) for error in out[1:])
 
 
-def test_who_is_told_to_leave_does_not_wait(monkeypatch):
-    """A signal counts at the next sign of life, and before the word of a rank that was faster."""
-    monkeypatch.setattr(prepared, "PULSE", 0.01)
-    release = threading.Event()
+def test_a_search_goes_on_in_the_next_attempt(asking):
+    """It is one search, however many attempts there are; a later one compares nothing, and who has taken a rank's
+    place works nothing out."""
+    searches, release = [], threading.Event()
+
+    def once(problem):
+        searches.append(1)
+        release.wait(10)
+        return Quadratics.smoothness(problem)
 
     def leave() -> None:
         raise ValueError("leave")
 
-    lane = Lane(0, 5, 3, [], threading.Barrier(1))
-    with pytest.raises(ValueError, match="leave"):
-        from_first(lambda: b"x" * release.wait(10), lane, leave)
+    asking(once)
+    first = survey(Lane(0, 5, 3, [None] * 3, threading.Barrier(1)))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="leave"):
+            first.share(Lane(0, 5, 3, [None] * 3, threading.Barrier(1)), heed=leave)
+    assert prepared.searching()
     release.set()
+    out = ranked(lambda lane: (first if lane.rank == 0 else survey(lane)).share(lane, compare=False))
+    assert out == [QUADRATICS.smoothness()] * 3
+    assert searches == [1]
+    assert {clients for _, clients in EVALUATED} == {(0, 1, 2, 3, 4)}
+    first._thread.join(10)
+    assert not prepared.searching()
+
+
+def test_a_signal_comes_before_the_word_of_a_rank_that_was_faster(asking):
+    asking(Quadratics.smoothness)
+    heeded = []
 
     def lost(mine):
         raise PeerLost("rank 1 has gone.", [1])
 
-    heeded = []
+    lane = Lane(0, 5, 3, [], threading.Barrier(1))
     lane.together = lost
     with pytest.raises(PeerLost, match="rank 1"):
-        from_first(lambda: b"", lane, lambda: heeded.append(1))
+        survey(lane).share(lane, heed=lambda: heeded.append(1))
     assert len(heeded) == 2
-
-
-@pytest.mark.parametrize("known", [None, replace(QUADRATICS.smoothness(), mu=None, minus=Constant(1 / 3, "estimate"))])
-def test_constants_are_the_firsts_bit_for_bit(known):
-    """And what the whole problem looks like is known there; others need no constants."""
-
-    def one(lane):
-        mine = QUADRATICS.only(lane.clients)
-        if lane.rank:
-            object.__setattr__(mine, "smoothness", None)  # nobody may ask
-        return settle(mine, QUADRATICS if lane.rank == 0 else mine, known if lane.rank == 0 else None, lane)
-
-    out, expected = ranked(one), known or QUADRATICS.smoothness()
-    for constants, _ in out:
-        assert constants == expected
-        assert constants.facts() == expected.facts()
-        assert constants.each == expected.each
-    whole = at_start(QUADRATICS, torch.arange(5))
-    assert torch.equal(out[0][1].numbers, whole.numbers)
-    assert out[0][1].facts == whole.facts
-    assert [start for _, start in out[1:]] == [None, None]
 
 
 def test_constants_travel_exactly():
@@ -161,7 +204,7 @@ def test_constants_travel_exactly():
 
 
 def test_data_that_are_not_the_same_are_named_everywhere():
-    """Rounding differs between machines, and is let pass; another row, another order or a NaN is not."""
+    """Rounding differs between machines, and is let pass; other labels are not, even all of them turned."""
     read = load("phishing")
     parts = np.array_split(np.arange(500), 5)
 
@@ -169,8 +212,9 @@ def test_data_that_are_not_the_same_are_named_everywhere():
         return Classification(A, y, parts)
 
     def shaken(other) -> list:
-        whole = at_start(problem(), torch.arange(5))
-        return ranked(lambda lane: check_data(other.only(lane.clients), whole if lane.rank == 0 else None, lane))
+        mine = problem()
+        out = ranked(lambda lane: Survey(mine if lane.rank == 0 else other.only(lane.clients), None, lane).share(lane))
+        return [None if isinstance(one, Smoothness) else one for one in out]
 
     assert shaken(problem()) == [None] * 3
     close = problem(read.A[:500] * (1 + 1e-6))
@@ -189,20 +233,23 @@ def test_data_that_are_not_the_same_are_named_everywhere():
                                                      (math.inf, 1.0, False), (1.0, math.nan, False),
                                                      (0.0, 1e-9, True), (1.0, 1.01, False)])  # fmt: skip
 def test_which_numbers_are_the_same(here, there, same):
-    class Still(Quadratics):
-        def evaluate(self, x, clients):
-            values, rows = torch.full((len(clients),), there, dtype=torch.float64), torch.ones(len(clients), self.d)
-            return values, rows
-
-    numbers = at_start(Still(n=2, d=4, noise=0.1, lam=0.1), torch.arange(2)).numbers
-    numbers[0] = torch.tensor([1.0, here])  # the second is the second rank's client
+    """Of f at the second rank's client."""
 
     def one(lane):
-        whole = prepared.Start(numbers, {}) if lane.rank == 0 else None
-        return check_data(Still(n=2, d=4, noise=0.1, lam=0.1), whole, lane)
+        numbers = torch.full((3, 2), 2.0, dtype=torch.float64)
+        numbers[0] = torch.tensor([1.0, here if lane.rank == 0 else there])
+        clients = torch.arange(2)[lane.rank :]
+        return prepared._compare(numbers[:, lane.rank :], clients, lane)
 
     out = ranked(one, n=2, world=2)
     assert all((error is None) == same for error in out), out
+
+
+def test_a_plain_number_is_an_estimate():
+    """And travels as one."""
+    plain = Smoothness(1.0, 1.0, 0.5, 1.0, 1.0, mu=0.1)
+    assert plain.facts()["mu"] == (0.1, "estimate")
+    assert Smoothness.unpacked(plain.packed()).facts() == plain.facts()
 
 
 def test_settings_are_checked_before_constants_are_found():

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,15 +24,19 @@ import torch
 import zoo
 from zoo import METHODS, MIXED, TappedLocal, copied, resolved, trace
 
+from shoal.cli import run as cli_run
 from shoal.compressors import Correlated, RandK, TopK
 from shoal.core import Method, Problem
 from shoal.descents import Step
 from shoal.errors import NonFiniteError
+from shoal.experiments.expressions import known_names, parse
 from shoal.experiments.run import simulate
+from shoal.experiments.spec import RunSpec
 from shoal.messages import Messages, Round, Rows
 from shoal.methods import DCGD, EF21, GD, Diana, Marina
 from shoal.problems import Classification
-from shoal.runtimes import Local, rounds
+from shoal.runtimes import Local, replicated, rounds
+from shoal.runtimes.replicated import Replicated
 from shoal.runtimes.rounds import Watch, chunks
 from shoal.runtimes.signals import SIZE
 from shoal.wire import HEADER
@@ -245,20 +250,28 @@ def test_ranks_are_the_simulator_bit_for_bit(world, hosted, step):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_keeps_no_other_clients_data(rank):
-    """Once the constants are known; the first rank answers for the whole problem."""
-    whole, gone = Classification.load("mushrooms", n=5), []
-    known, handed = weakref.ref(whole), [whole]
-    del whole
+def test_a_rank_keeps_no_other_clients_data(rank, monkeypatch, tmp_path):
+    """From before the constants are known; the first rank answers for the whole problem. Also by way of the command."""
+    gone = []
 
     def opened(config):
         gone.append(known() is None)
         raise NonFiniteError("enough")
 
     channel = SimpleNamespace(rank=rank, n=5, clients=torch.arange(2) + rank, open=opened)
+    attempts = SimpleNamespace(channel=channel, number=0, supervised=False)
+    monkeypatch.setattr(replicated, "started_by_torchrun", lambda: True)
+    monkeypatch.setattr(cli_run, "Attempts", lambda *made: nullcontext(attempts))
+    spec, whole = RunSpec(method="Marina(PermK())", rounds=2), Classification.load("mushrooms", n=5)
+    known, objects = weakref.ref(whole), [(whole, parse(spec.method, known_names(), Method), None)]
+    del whole
+    with pytest.raises(NonFiniteError, match="enough"):
+        cli_run._run(spec, objects, tmp_path / "out", False, Replicated, 60.0)
+    handed = [Classification.load("mushrooms", n=5)]
+    known = weakref.ref(handed[0])
     with pytest.raises(NonFiniteError, match="enough"):
         simulate(handed.pop(), "Marina(PermK())", rounds=2, channel=channel)
-    assert gone == [rank > 0]
+    assert gone == [rank > 0] * 2
 
 
 def test_problems_hold_only_what_a_rank_needs():

@@ -6,7 +6,9 @@ What a command does is in experiments and report.
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +24,7 @@ from shoal.cli.options import With, app, err_console, out_console, spoken
 from shoal.errors import CheckpointWarning
 from shoal.experiments import sweep as sweeps
 from shoal.experiments.expressions import known_names
+from shoal.experiments.prepared import searching
 from shoal.experiments.spec import ON_FILES
 from shoal.report import mean as means
 from shoal.report import mean_text
@@ -117,4 +120,11 @@ def main() -> None:
     warnings.simplefilter("always", CheckpointWarning)
     warnings.showwarning = _note  # type: ignore[assignment]
     kernels.when_compiling(lambda: err_console.print("compiling kernels (once: they are kept)", style="dim"))
-    spoken(app)
+    try:
+        spoken(app)
+    except SystemExit as ended:
+        if searching():  # a thread inside torch would make the interpreter's end an abort
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1)
+        raise

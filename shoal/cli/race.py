@@ -9,6 +9,7 @@ import shlex
 import signal
 import time
 import tomllib
+from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -58,12 +59,13 @@ from shoal.cli.options import (
 from shoal.core import Problem
 from shoal.errors import ConfigError
 from shoal.experiments.folder import make_folder, versions
-from shoal.experiments.race import News, check
+from shoal.experiments.race import Course, News, check
 from shoal.experiments.race import race as run_race
 from shoal.experiments.spec import ProblemSpec, RaceSpec
 from shoal.runtimes import supervisor
 from shoal.runtimes.ranks import Make, Ranks
 from shoal.runtimes.replicated import connected, started_by_torchrun
+from shoal.theory import Smoothness
 
 Steps = Annotated[str | None, typer.Option(help="theory, tuned, or theory,tuned.")]
 Tune = Annotated[str | None, typer.Option(metavar="LOW:HIGH", help="Tuning tries 2^LOW..2^HIGH times theory's step.")]
@@ -137,20 +139,22 @@ def race(
         folder = out or new_folder("race", spec.problem.name)
     resuming = resume is not None
     if started_by_torchrun():
-        _along(spec, [spec.problem.build(spec.files)], folder, resuming, make, seconds)
+        _along(spec, [spec.problem.build(spec.files)], None, folder, resuming, make, seconds)
         return
     if ranks:
         torch.set_num_threads(1)  # before anything computes: a fork has no threads but its own
-        held = [check(spec).problem]  # loaded once, with its constants, for all ranks
+        course = check(spec)  # once, for all ranks
+        held, known = [course.problem], course.smoothness
+        del course
         checked_ranks(ranks, held[0].n)
         if not resuming:
             make_folder(folder)
         # Run follows run, each over a channel of its own: who is killed between them has no round to stand at again.
-        work = partial(spoken, partial(_along, spec, held, folder, resuming, make, seconds))
+        work = partial(spoken, partial(_along, spec, held, known, folder, resuming, make, seconds))
         if status := supervisor.launch(ranks, work, restarts=0):
             raise SystemExit(status)
     else:
-        _race(spec, folder, resuming, workers)
+        _race(spec, folder, resuming, workers, lambda: check(spec))
     _judge(report.load(folder), spec)
 
 
@@ -190,11 +194,20 @@ def _range(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _along(spec: RaceSpec, held: list[Problem], folder: Path, resuming: bool, make: Make, timeout: float) -> None:
-    """One rank's part of a race on the problem that is `held`, and taken out."""
+def _along(
+    spec: RaceSpec,
+    held: list[Problem],
+    known: Smoothness | None,
+    folder: Path,
+    resuming: bool,
+    make: Make,
+    timeout: float,
+) -> None:
+    """One rank's part of a race on the problem that is `held`, and taken out; `known`: its constants."""
     shared = json.loads(spec.model_dump_json()) | {"versions": versions()}
     with connected(held[0].n, shared, make, timeout) as lines:
-        _race(spec, folder, resuming, None, Ranks(lines.peers, make), held)
+        ranks = Ranks(lines.peers, make)
+        _race(spec, folder, resuming, None, lambda: check(spec, ranks, held, known), ranks)
 
 
 def _race(
@@ -202,15 +215,15 @@ def _race(
     folder: Path,
     resuming: bool,
     workers: int | None,
+    checked: Callable[[], Course],
     ranks: Ranks | None = None,
-    held: list[Problem] | None = None,
 ) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell may start background jobs with SIGINT ignored
         signal.signal(number, signal.default_int_handler)
     if ranks is not None and not ranks.first:
         try:
-            run_race(spec, folder, again(), ranks=ranks, course=check(spec, ranks, held))
+            run_race(spec, folder, again(), ranks=ranks, course=checked())
         except KeyboardInterrupt:  # the first rank says so for all
             raise SystemExit(130) from None
         return
@@ -218,7 +231,7 @@ def _race(
     if spec.files:
         err_console.print(f"running code from {escape(', '.join(spec.files))}: trusted, not sandboxed", highlight=False)
     with err_console.status("reading the data, finding constants"):
-        course = check(spec, ranks, held)  # a wrong race is one line, before anything is drawn
+        course = checked()  # a wrong race is one line, before anything is drawn
     if not resuming:
         make_folder(folder)
     bars: dict[str, TaskID] = {}

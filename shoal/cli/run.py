@@ -6,6 +6,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -54,13 +55,14 @@ from shoal.core import Method, OnNonFinite, Row
 from shoal.errors import ConfigError
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import make_folder, versions
-from shoal.experiments.prepared import prepare
+from shoal.experiments.prepared import check_settings, prepare
 from shoal.experiments.run import Run, load_result, simulate
 from shoal.experiments.spec import ProblemSpec, RunSpec
 from shoal.problems.secants import Seen
 from shoal.runtimes import checked_policy, replicated, supervisor
 from shoal.runtimes.attempts import Attempts
 from shoal.runtimes.ranks import Make
+from shoal.theory import Smoothness
 
 
 @app.command()
@@ -131,7 +133,7 @@ def run(
         _judge(load_result(out) or {}, spec)
         return
     with err_console.status(f"reading {escape(spec.problem.name)}"):
-        objects = [_objects(spec)]
+        objects = [(*_objects(spec), None)]
     _run(spec, objects, out, resuming, make, seconds)
 
 
@@ -148,40 +150,44 @@ def _objects(spec: RunSpec) -> tuple[Any, Method]:
     return spec.problem.build(spec.files), parse(spec.method, known_names(spec.files), Method)
 
 
-def _check(spec: RunSpec, ranks: int, out: Path, resuming: bool) -> tuple[Any, Method]:
+Objects = tuple[Any, Method, Smoothness | None]  # the problem, the method, and constants where they are known
+
+
+def _check(spec: RunSpec, ranks: int, out: Path, resuming: bool) -> Objects:
     """What can be wrong is said here, once, and not by every rank; the objects, loaded once for all of them."""
     problem, method = _objects(spec)
     checked_policy(spec.on_nonfinite, method)
     checked_ranks(ranks, problem.n)
-    prepare(
-        problem, method, rounds=spec.rounds, bits=spec.bits, target=spec.target, step=spec.step, multiple=spec.multiple,
-        pl=spec.pl,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "rounds": spec.rounds, "bits": spec.bits, "target": spec.target, "step": spec.step, "multiple": spec.multiple,
+    }  # fmt: skip
+    check_settings(problem, method, **settings)
+    smoothness = problem.smoothness()
+    prepare(problem, method, pl=spec.pl, smoothness=smoothness, **settings)
     if not resuming:
         make_folder(out)
-    return problem, method
+    return problem, method, smoothness
 
 
-def _run(
-    spec: RunSpec, objects: list[tuple[Any, Method]], out: Path, resuming: bool, make: Make, timeout: float
-) -> None:
+def _run(spec: RunSpec, objects: list[Objects], out: Path, resuming: bool, make: Make, timeout: float) -> None:
     """The run of `objects`, which are taken out: on a rank of several nobody else may hold the others' data."""
     torch.set_num_threads(1)
-    problem, method = objects.pop()
-    n, handed = problem.n, [problem]
-    del problem
+    problem, method, smoothness = objects.pop()
     stored = json.loads(spec.model_dump_json())
     options: dict[str, Any] = {
         "rounds": spec.rounds, "bits": spec.bits, "target": spec.target, "seed": spec.seed, "step": spec.step,
         "multiple": spec.multiple, "pl": spec.pl, "every": spec.every, "chunk": spec.chunk, "facts": {"spec": stored},
-        "on_nonfinite": spec.on_nonfinite,
+        "on_nonfinite": spec.on_nonfinite, "smoothness": smoothness, "out": out, "resume": resuming,
     }  # fmt: skip
     if replicated.started_by_torchrun():
         config = stored | {"versions": versions()}
-        with Attempts(lambda still: replicated.connected(n, config, make, timeout, still), timeout) as attempts:
+        connected = partial(replicated.connected, problem.n, config, make, timeout)
+        with Attempts(connected, timeout) as attempts:
             first = attempts.channel.rank == 0
+            if not first:  # here, as a call keeps what it was given until it returns
+                problem = problem.only(attempts.channel.clients)
             try:
-                run = simulate(handed.pop(), method, attempts=attempts, out=out, resume=resuming, **options)
+                run = simulate(problem, method, attempts=attempts, **options)
             except KeyboardInterrupt:
                 if first:
                     _interrupted(out)
@@ -199,7 +205,7 @@ def _run(
     with Progress(*columns, TimeElapsedColumn(), console=err_console, transient=True) as bar:
         task = bar.add_task("finding constants, compiling where needed", total=1.0, norm="")
         try:
-            run = simulate(handed.pop(), method, out=out, resume=resuming, record=_follow(bar, task, spec), **options)
+            run = simulate(problem, method, record=_follow(bar, task, spec), **options)
         except KeyboardInterrupt:
             bar.stop()
             _interrupted(out)

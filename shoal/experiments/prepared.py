@@ -1,8 +1,8 @@
 """What a run goes by before its first round: the method with its numbers, the step size, and the clients' data.
 
-Over ranks the first one finds the constants, from everybody's data, and the others are told: they need to hold no more
-than their own clients' data, and all ranks go by the same bits even where machines round differently. They send in
-return what their clients look like at x^0, so that data which are not the same everywhere are an error.
+Over ranks the first one finds the constants, from everybody's data, and the others are told, bit for bit: they need to
+hold no more than their own clients' data. They say in return what their clients look like at x^0, so that data which
+are not the same everywhere are an error.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from threading import Thread
 from typing import Any, Literal, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -91,8 +92,8 @@ def prepare(
 
 
 class Start(NamedTuple):
-    """Clients at x^0. numbers (3, m) float64: f_i, ||grad f_i||, and grad f_i along a direction of signs; facts: what
-    tells one problem from another."""
+    """Clients at x^0. numbers (3, m) float64: f_i, ||grad f_i||, and the sum of grad f_i's entries, each with a sign;
+    facts: what tells one problem from another."""
 
     numbers: Tensor
     facts: dict[str, Any]
@@ -103,13 +104,13 @@ def at_start(problem: Problem, clients: Tensor, chunk: int | None = None) -> Sta
     x, hashed, numbers = problem.start(), hashlib.sha256(), list[Tensor]()
     total = torch.zeros(problem.d, dtype=torch.float64)
     coins = rng.below(Draw(rng.SHARED, 0, rng.stream_id("prepared.signs"), 0), problem.d, 2)[0]
-    signs = 2.0 * coins.to(torch.float64) - 1.0
+    signs = (2 * coins - 1).to(torch.float32)
     for part in chunks(len(clients), problem.d, chunk):
         values, rows = problem.evaluate(x, clients[part])
         hashed.update(values.numpy().tobytes())
         hashed.update(rows.numpy().tobytes())
-        wide = rows.to(torch.float64)
-        numbers.append(torch.stack([values, torch.linalg.vector_norm(wide, dim=1), wide @ signs]))
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        numbers.append(torch.stack([values, norms, (rows @ signs).to(torch.float64)]))
         kernels.of(rows).add_rows(rows, total)
     found, m = torch.cat(numbers, dim=1), len(clients)
     norm = kernels.of(total).square_norm(total / m)
@@ -123,61 +124,100 @@ def fingerprint(problem: Problem, chunk: int | None = None) -> dict[str, Any]:
     return at_start(problem, torch.arange(problem.n), chunk).facts
 
 
-def from_first(work: Callable[[], bytes], channel: Channel, heed: Callable[[], None] = lambda: None) -> bytes:
-    """What the first process works out, in every process. Collective.
+_SEARCHES: WeakSet[Thread] = WeakSet()
 
-    It may take longer than ranks wait for each other: a thread does it, and meanwhile all give signs of life, and
-    `heed` what makes them leave. A ShoalError of it is raised by every process.
+
+def searching() -> bool:
+    """Whether a thread of a `Survey` is at work: the interpreter cannot end under it, but by `os._exit`."""
+    return any(thread.is_alive() for thread in _SEARCHES)
+
+
+class Survey:
+    """What one of several processes works out before the first round, and what it hears from the others.
+
+    The first finds the constants (those `given`, or its problem's) and, if it is to `look`, what all clients are like
+    at x^0; the others what theirs are, for a comparison. Threads do it, as it may take longer than ranks wait for each
+    other: meanwhile all give signs of life. It is done once, whatever attempts come and go.
+
+    problem: all clients' data at the first process, elsewhere those that are hosted there.
     """
-    done, failed, threads = list[bytes](), list[BaseException](), torch.get_num_threads()
 
-    def act() -> None:
-        torch.set_num_threads(threads)  # a new thread's sums would be cut into as many parts as there are cores
-        try:
-            done.append(b"\0" + work())
-        except ShoalError as error:
-            done.append(b"\1" + json.dumps([type(error).__name__, str(error)]).encode())
-        except BaseException as error:
-            failed.append(error)
+    def __init__(
+        self, problem: Problem, given: Smoothness | None, channel: Channel, look: bool = True, chunk: int | None = None
+    ) -> None:
+        self.problem, self.given, self.look, self.chunk = problem, given, look, chunk
+        self.clients = torch.arange(problem.n) if channel.rank == 0 else channel.clients
+        self.start: Start | None = None
+        self._said: bytes | None = None
+        self._error: BaseException | None = None
+        self._thread: Thread | None = None
 
-    thread = Thread(target=act, daemon=True)
-    if channel.rank == 0:
-        thread.start()
-    while True:
-        if channel.rank == 0:
-            thread.join(PULSE)
-        if failed:
-            raise failed[0]
-        heed()
-        try:
-            size = int(channel.together(torch.tensor([len(done[0]) if done else 0]))[0])
-        except PeerLost:
-            heed()  # a Ctrl-C is everybody's, and another rank may have been faster
-            raise
-        if size:
-            break
-    said = torch.frombuffer(bytearray(done[0]) if done else bytearray(size), dtype=torch.uint8)
-    heard = channel.together(said)[0].numpy().tobytes()
-    if heard[0]:
-        kind, text = json.loads(heard[1:])
-        raise getattr(errors, kind, ShoalError)(text)
-    return heard[1:]
+    def _begin(self, first: bool, look: bool) -> None:
+        threads = torch.get_num_threads()
+
+        def work() -> None:
+            torch.set_num_threads(threads)  # else a new thread's sums are cut into as many parts as there are cores
+            try:
+                known = (self.given or self.problem.smoothness()).packed() if first else b""
+                if look:
+                    self.start = at_start(self.problem, self.clients, self.chunk)
+                self._said = b"\0" + known
+            except ShoalError as error:
+                self._said = b"\1" + json.dumps([type(error).__name__, str(error)]).encode()
+            except BaseException as error:
+                self._error = error
+
+        self._thread = Thread(target=work, daemon=True)
+        _SEARCHES.add(self._thread)
+        self._thread.start()
+
+    def share(self, channel: Channel, compare: bool = True, heed: Callable[[], None] = lambda: None) -> Smoothness:
+        """The first's constants, in every process. Collective.
+
+        A ShoalError of the first's search is raised by all. compare: raises ConfigMismatch in every process where data
+        differ. heed: called while all wait, and raises what makes this one leave.
+        """
+        first = channel.rank == 0
+        if self._thread is None and (first or compare):
+            self._begin(first, compare or self.look)
+        while True:
+            if self._thread is not None:
+                self._thread.join(PULSE)
+            if self._error is not None:
+                raise self._error
+            heed()
+            mine = 1 if self._thread is None else len(self._said or b"")
+            try:
+                sizes = [int(size) for size in channel.together(torch.tensor([mine]))]
+            except PeerLost:
+                heed()  # a Ctrl-C is everybody's, and another rank may have been faster
+                raise
+            if all(sizes):
+                break
+        said = self._said if first and self._said else bytes(sizes[0])
+        heard = channel.together(torch.frombuffer(bytearray(said), dtype=torch.uint8))[0].numpy().tobytes()
+        for one in (heard, self._said or b""):
+            if one[:1] == b"\1":
+                kind, text = json.loads(one[1:])
+                raise getattr(errors, kind, ShoalError)(text)
+        if compare:
+            assert self.start is not None
+            _compare(self.start.numbers, self.clients, channel)
+        return Smoothness.unpacked(heard[1:])
 
 
-def check_data(problem: Problem, whole: Start | None, channel: Channel, chunk: int | None = None) -> None:
+def _compare(numbers: Tensor, clients: Tensor, channel: Channel) -> None:
     """Raises ConfigMismatch in every process unless each client has, where it is hosted, the data that it has at the
-    first process, which gives what the `whole` is. Collective.
+    first process, which gives all clients' numbers. Collective.
 
     To three digits: gradients may differ in their last bits where machines do.
     """
     mine = torch.zeros(4, channel.n, dtype=torch.float64)
-    clients = channel.clients if whole is None else torch.arange(channel.n)
-    mine[:3, clients] = (whole or at_start(problem, clients, chunk)).numbers
-    mine[3, clients] = 1.0
+    mine[:3, clients], mine[3, clients] = numbers, 1.0
     known, *others = channel.together(mine)
     here = known[:3]
-    size = here.abs()[[0, 1, 1]]  # along a direction a gradient may be anything up to its norm
-    allowed = 1e-3 * size + 1e-6 * size.nan_to_num(0.0, 0.0, 0.0).amax(1, keepdim=True)
+    size = here.abs()[[0, 1, 1]]  # of a sum of gradients' entries the gradients' norms
+    allowed = 1e-3 * size + 1e-6 * size.nan_to_num(0.0, 0.0, 0.0).amax(1, keepdim=True) + 1e-12
     for rank, told in enumerate(others, 1):
         there = told[:3]
         same = here.isfinite() & ((there - here).abs() <= allowed)
@@ -191,32 +231,3 @@ def check_data(problem: Problem, whole: Start | None, channel: Channel, chunk: i
                 f"grad f_{i} along one direction are {theirs} at x^0 there, {ours} at rank 0; give all ranks the same "
                 "files."
             )
-
-
-def settle(
-    problem: Problem,
-    whole: Problem,
-    smoothness: Smoothness | None,
-    channel: Channel,
-    fresh: bool = True,
-    chunk: int | None = None,
-    heed: Callable[[], None] = lambda: None,
-) -> tuple[Smoothness, Start | None]:
-    """The constants (those given, or the problem's), in every process those of the first, bit for bit; and there, where
-    this is a `fresh` start, what the whole problem looks like. Collective, for several processes.
-
-    whole: all clients' data at the first process. heed: see `from_first`. Raises ConfigMismatch where data differ, at a
-    fresh start.
-    """
-    looked: list[Start] = []
-
-    def work() -> bytes:
-        known = smoothness or whole.smoothness()
-        if fresh:
-            looked.append(at_start(whole, torch.arange(whole.n), chunk))
-        return known.packed()
-
-    known, start = Smoothness.unpacked(from_first(work, channel, heed)), looked[0] if looked else None
-    if fresh:
-        check_data(problem, start, channel, chunk)
-    return known, start

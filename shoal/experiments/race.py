@@ -32,7 +32,7 @@ from shoal.core import Compressor, Method, Problem, Row
 from shoal.errors import ConfigError, ResumeMismatch
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import machine, make_folder, versions, write_json
-from shoal.experiments.prepared import fingerprint, prepare, settle
+from shoal.experiments.prepared import Survey, fingerprint, prepare
 from shoal.experiments.run import Run, load_result, simulate
 from shoal.experiments.spec import RaceSpec
 from shoal.messages import Round
@@ -191,11 +191,16 @@ def _work(spec_json: str, index: int, rule: str, out: str, smoothness: Smoothnes
 
 
 # ------------------------------------------------------------------------------------------------ the race
-def check(spec: RaceSpec, ranks: Ranks | None = None, held: list[Problem] | None = None) -> Course:
+def check(
+    spec: RaceSpec,
+    ranks: Ranks | None = None,
+    held: list[Problem] | None = None,
+    known: Smoothness | None = None,
+) -> Course:
     """What all runs share. Raises ConfigError before anything is written.
 
     ranks: all of these do it together. held: the problem, built already; it is taken out, as on a rank of several
-    nobody else may hold the others' data.
+    nobody else may hold the others' data. known: its constants, found already.
     """
     names, reasons = known_names(spec.files), dict[str, str]()
     methods: list[Method] = [parse(text, names, Method) for text in spec.methods]
@@ -206,10 +211,16 @@ def check(spec: RaceSpec, ranks: Ranks | None = None, held: list[Problem] | None
     if len(set(labels)) < len(labels):
         raise ConfigError(f"methods: {', '.join(labels)}: each at most once.")
     if ranks is None or ranks.peers.world == 1:
-        smoothness, start = problem.smoothness(), fingerprint(problem)["grad_norm_sq"]
+        smoothness, start = known or problem.smoothness(), fingerprint(problem)["grad_norm_sq"]
     else:
         _warm_up(problem, methods)
-        problem, smoothness, start = _shared(problem, spec, ranks)
+        channel = ranks.channel(problem.n, digest(json.loads(spec.model_dump_json())))
+        if not ranks.first:
+            problem = problem.only(channel.clients)
+        survey = Survey(problem, known, channel)
+        smoothness = survey.share(channel)
+        norm = survey.start.facts["grad_norm_sq"] if ranks.first and survey.start else 0.0
+        start = float(channel.together(torch.tensor([norm], dtype=torch.float64))[0])
     if spec.target >= start:
         raise ConfigError(f"target={spec.target:g}: ||grad f(x^0)||^2 is {start:.3g} already; choose a smaller one.")
     for method, label in zip(methods, labels, strict=True):
@@ -224,16 +235,6 @@ def check(spec: RaceSpec, ranks: Ranks | None = None, held: list[Problem] | None
             f"no method here has a step size from theory ({next(iter(reasons.values()))}); add --steps tuned."
         )
     return Course(problem, smoothness, reasons)
-
-
-def _shared(whole: Problem, spec: RaceSpec, ranks: Ranks) -> tuple[Problem, Smoothness, float]:
-    """What this rank keeps of the problem, the constants, and ||grad f(x^0)||^2."""
-    channel = ranks.channel(whole.n, digest(json.loads(spec.model_dump_json())))
-    mine = whole.only(channel.clients)
-    whole = whole if ranks.first else mine
-    smoothness, start = settle(mine, whole, None, channel)
-    norm = torch.tensor([0.0 if start is None else start.facts["grad_norm_sq"]], dtype=torch.float64)
-    return whole, smoothness, float(channel.together(norm)[0])
 
 
 def _warm_up(problem: Problem, methods: Sequence[Method]) -> None:

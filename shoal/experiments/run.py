@@ -21,7 +21,7 @@ from shoal.experiments.checkpoint import Checkpoints, Found
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import Folder
 from shoal.experiments.interrupts import Interrupts, Pulse, stopped
-from shoal.experiments.prepared import Start, check_settings, fingerprint, prepare, settle
+from shoal.experiments.prepared import Survey, check_settings, fingerprint, prepare
 from shoal.experiments.recovery import Memory
 from shoal.messages import Round
 from shoal.problems.secants import Seen, Trail
@@ -270,11 +270,12 @@ def simulate(
     check_settings(problem, made, step=step, multiple=multiple, **budget)
     label = compact(made)
     channel = channel or (Local(problem.n) if attempts is None else attempts.channel)
-    several, whole = len(channel.clients) < problem.n, problem
-    if several:
-        problem = whole.only(channel.clients)
-        if channel.rank > 0:
-            whole = problem  # the others' data can go; the first rank says what the whole problem is
+    survey: Survey | None = None
+    if len(channel.clients) < problem.n:
+        whole, problem = problem, problem.only(channel.clients)
+        # At the other ranks everybody else's data can go: the first one says what the whole problem is.
+        survey = Survey(whole if channel.rank == 0 else problem, smoothness, channel, out is not None, chunk)
+        del whole
     rows, faults, trail = list[Row](), list[dict[str, Any]](), Trail()
     asked: dict[str, Any] = {"problem": {"name": problem.name, "n": problem.n, "d": problem.d}, "method": label}
     asked |= {"seed": seed, **budget, "every": every, "on_nonfinite": on_nonfinite}
@@ -290,17 +291,16 @@ def simulate(
         config = asked | {"step": asked["step"] | {"gamma": gamma}}
         return Settled(ready, theory, gamma, known, config, config | {"resolved": compact(ready)})
 
-    settled = None if several else concluded(smoothness or problem.smoothness())
+    settled = concluded(smoothness or problem.smoothness()) if survey is None else None
 
     def begun(channel: Channel) -> tuple[Settled, Found | None]:
         """Everything that ranks do together before the first round of an attempt."""
         nonlocal settled, folder, checkpoints, memory
         restarted = attempts is not None and attempts.number > 0
         fresh = attempts is None or not (restarted and attempts.supervised)  # else a copy has taken a rank's place
-        start: Start | None = None
-        if several:
+        if survey is not None:
             channel.open(asked)  # before anything that takes long
-            known, start = settle(problem, whole, smoothness, channel, fresh, chunk, interrupts.heed)
+            known = survey.share(channel, fresh, interrupts.heed)
             settled = settled or concluded(known)
             channel.open(settled.shaken)
         assert settled is not None
@@ -309,12 +309,12 @@ def simulate(
             return settled, None
         if channel.rank == 0 and folder is None:
             # Identity is what the problem computes: a repr may hold an address, or leave out the split.
-            looks = fingerprint(whole, chunk) if start is None else start.facts
+            looks = survey.start.facts if survey and survey.start else fingerprint(problem, chunk)
             config["problem"] = {**config["problem"], "start": looks}
             curved = {"smoothness": {k: list(v) for k, v in settled.smoothness.facts().items()}, "title": label}
             if restarted:  # its predecessor died behind its last word, which is said again
                 (Path(out) / "result.json").unlink(missing_ok=True)
-            described = {**curved, "described": repr(whole), **(facts or {})}
+            described = {**curved, "described": repr(survey.problem if survey else problem), **(facts or {})}
             folder = Folder(Path(out), config, resume or restarted, described)
         # From the first rank: only it knows the fingerprint, and a folder named after the time may differ.
         said = digest(config) + os.fsencode(out).ljust(PATH_MAX, b"\0")

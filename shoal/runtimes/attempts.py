@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
@@ -22,6 +22,7 @@ from shoal.runtimes import crash
 from shoal.runtimes.replicated import Replicated
 
 Still = Callable[[], None]
+ENDED = "ended"  # the key of the attempt in which the work was done
 
 
 class Attempts:
@@ -54,8 +55,12 @@ class Attempts:
             raise PeerLost(f"the store that the ranks meet through is gone: {str(error).splitlines()[0]}") from error
 
     def _still(self) -> None:
-        if self._store is not None and self._newest() > self.number:
+        if self._store is None:
+            return
+        if self._newest() > self.number:
             raise PeerLost(f"attempt {self.number} is over: another rank was lost.")
+        if self._store.check([ENDED]) and int(self._store.get(ENDED)) < self.number:
+            raise SystemExit(0)  # this rank was killed when all had done their work: nobody will come
 
     def _join(self) -> None:
         crash.here("joining", int(os.environ["RANK"]), 0)
@@ -79,6 +84,9 @@ class Attempts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._store is not None and error is None:
+            with suppress(RuntimeError):
+                self._store.set(ENDED, str(self.number))
         try:
             self._leave(error)
         except PeerLost:

@@ -31,6 +31,8 @@ from shoal.runtimes import crash
 PATIENCE = 4.0  # seconds for a checkpoint after a signal
 PARTING = {True: 10.0, False: 2.0}  # seconds for the others, once a rank has ended by itself, well or not
 RESTARTS = 100
+# torch asks a name server who 127.0.0.1 is, for its log, whenever a store connects; libc waits 5 s for a lost answer.
+RESOLVER = "timeout:1 attempts:1"
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
 
@@ -52,6 +54,7 @@ def _fork(work: Callable[[], int | None]) -> int:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ.setdefault("RES_OPTIONS", RESOLVER)
         status = work()
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
