@@ -86,6 +86,8 @@ def trial(
     moment = None if delay is None else time.monotonic() + delay
     status = launch(ranks, lambda: rank(method, rounds, out, victims, moment, told))
     result = json.loads((out / "result.json").read_text()) if (out / "result.json").exists() else {}
+    if result:
+        checkpoint.tidy(out)
     lines = (out / "metrics.jsonl").read_text().splitlines() if result else []
     seconds = recovery(out, float(told.read_text())) if told.exists() else None
     if status or result.get("sha256") != EXPECTED[method]:

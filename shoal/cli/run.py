@@ -53,6 +53,7 @@ from shoal.cli.options import (
 )  # fmt: skip
 from shoal.core import Method, OnNonFinite, Row
 from shoal.errors import ConfigError
+from shoal.experiments.checkpoint import tidy
 from shoal.experiments.expressions import compact, known_names, parse
 from shoal.experiments.folder import make_folder, versions
 from shoal.experiments.prepared import check_settings, prepare
@@ -130,7 +131,10 @@ def run(
         status = supervisor.launch(ranks, lambda: spoken(lambda: _run(spec, objects, out, resuming, make, seconds)))
         if status:
             raise SystemExit(status)
-        _judge(load_result(out) or {}, spec)
+        result = load_result(out) or {}
+        if result:  # the first rank may have been killed behind its last word
+            tidy(out)
+        _judge(result, spec)
         return
     with err_console.status(f"reading {escape(spec.problem.name)}"):
         objects = [(*_objects(spec), None)]

@@ -97,6 +97,18 @@ def understood(held: Contents, name: str, fresh: State, hosted: dict[str, Tensor
     return Found(state, rows, faults, {"x": told, "seen": seen})
 
 
+def _remove(paths: Iterable[Path]) -> None:
+    """Manifests first: what is left of a set, if this is cut, must not look like one."""
+    for path in sorted(paths, key=lambda p: MANIFEST.fullmatch(p.name) is None):
+        path.unlink(missing_ok=True)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what only a run under way needs: checkpoints, journals, and what killed processes were writing."""
+    _remove(path for path in folder.iterdir() if ANY.fullmatch(path.name))
+    _remove(path for path in folder.iterdir() if STRAY.fullmatch(path.name))
+
+
 class Checkpoints:
     """The checkpoints in a run's folder, for one of its processes. `save`, `load` and `discard` are collective.
 
@@ -172,18 +184,12 @@ class Checkpoints:
         files = self._files()
         whole = {k for path, k in files.items() if MANIFEST.fullmatch(path.name) and k <= index}
         kept = sorted(whole, reverse=True)[:KEPT]
-        self._remove(path for path, k in files.items() if k not in kept or path.name.startswith("."))
-
-    def _remove(self, paths: Iterable[Path]) -> None:
-        """Manifests first: what is left of a set, if this is cut, must not look like one."""
-        for path in sorted(paths, key=lambda p: MANIFEST.fullmatch(p.name) is None):
-            path.unlink(missing_ok=True)
+        _remove(path for path, k in files.items() if k not in kept or path.name.startswith("."))
 
     def discard(self) -> None:
-        """No checkpoint is left, no journal, and nothing that killed processes were writing: the run has ended."""
+        """The run has ended."""
         if self.channel.rank == 0:
-            self._remove(self._files())
-            self._remove(path for path in self.path.iterdir() if STRAY.fullmatch(path.name))
+            tidy(self.path)
 
     # -------------------------------------------------------------------------------------------- reading
     def load(self, fresh: State) -> Found | None:
