@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from shoal import kernels, rng
-from shoal.compressors.blocks import Dealt, alike, cut, dealt_bound
+from shoal.compressors.blocks import ALL, Dealt, alike, cut, dealt_bound, taken
 from shoal.compressors.dither import QSGD, checked_scale, normed_rows, read_scale
 from shoal.compressors.strata import strata_error, supremum_max, supremum_norm
 from shoal.core import Compressor
@@ -237,14 +237,20 @@ class Correlated(Compressor):
         self.check(rnd.cohort, d)
         if self.blocks == 1:
             return Messages.of(self._rounded(u, r, rnd, rnd.cohort, _order(rnd)), rnd, d)
-        part = self._split(rnd.slots, d, rnd)
+        part, wide = self._split(rnd.slots, d, rnd), self.capacity(rnd.cohort, d)
         values, lengths = part.block.gather(u, -(-d // self.blocks)), part.block.lengths()
-        payload = torch.zeros(len(u), self.capacity(rnd.cohort, d), dtype=torch.uint8, device=u.device)
-        nbytes = self._start + (lengths * self._bits + 7) // 8
+        payload, nbytes = None, self._start + (lengths * self._bits + 7) // 8
         for rows, (length, size) in alike(lengths, part.size):
-            some = values[rows, :length].contiguous()
-            sent = self._rounded(some, None if r is None else r[rows], rnd.rows(rows), size, part.place[rows])
+            scales = r if r is None or rows is ALL else r[rows]
+            place, own = (part.place, rnd) if rows is ALL else (part.place[rows], rnd.rows(rows))
+            sent = self._rounded(taken(values, rows, length), scales, own, size, place)
+            if rows is ALL and sent.shape[1] == wide:
+                return Messages.of(sent, rnd, d, nbytes)
+            if payload is None:
+                payload = torch.zeros(len(u), wide, dtype=torch.uint8, device=u.device)
             payload[rows, : sent.shape[1]] = sent
+        if payload is None:
+            payload = torch.zeros(0, wide, dtype=torch.uint8, device=u.device)
         return Messages.of(payload, rnd, d, nbytes)
 
     def _scaled(self, u: Rows, rnd: Round) -> tuple[Rows, Tensor | None]:
@@ -342,13 +348,17 @@ class Correlated(Compressor):
         """((m, longest block) values of C_i, zeros behind a shorter block; where they belong)."""
         part, n = self._split(msgs.slots, msgs.d, rnd), rnd.cohort
         lengths = part.block.lengths()
-        payload = msgs.checked(self._start + (lengths * self._bits + 7) // 8)
-        values = torch.zeros(len(payload), -(-msgs.d // self.blocks), device=payload.device)
+        payload, wide = msgs.checked(self._start + (lengths * self._bits + 7) // 8), -(-msgs.d // self.blocks)
+        values = None
         for rows, (length, size) in alike(lengths, part.size):
-            some = payload[rows, : self._start + (length * self._bits + 7) // 8].contiguous()
-            code, r = self._read(some, rnd, n / size)
-            values[rows, :length] = (self._values(code, r, length).double() * (n / size)).float()
-        return values, part
+            code, r = self._read(taken(payload, rows, self._start + (length * self._bits + 7) // 8), rnd, n / size)
+            read = (self._values(code, r, length).double() * (n / size)).float()
+            if rows is ALL and length == wide:
+                return read, part
+            if values is None:
+                values = torch.zeros(len(payload), wide, device=payload.device)
+            values[rows, :length] = read
+        return torch.zeros(0, wide, device=payload.device) if values is None else values, part
 
 
 def _order(rnd: Round) -> Draw:
