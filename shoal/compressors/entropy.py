@@ -154,28 +154,34 @@ class Coded(Conditional):
         body = plain.payload[:, form.head :].contiguous()
         code = ops.unpack_trits(body, form.symbols) if form.ternary else ops.unpack(body, form.symbols, _bits(form))
         short, size = ops.encode_entropy(code, form.levels, body.shape[1])
-        payload = torch.cat(
-            [plain.payload[:, : form.head], torch.where((size < body.shape[1])[:, None], short, body)], 1
-        )
+        better = size < body.shape[1]
+        sent = short if bool(better.all()) else torch.where(better[:, None], short, body)
+        payload = torch.cat([plain.payload[:, : form.head], sent], 1)
         return replace(plain, payload=payload, nbytes=form.head + size)
 
     def _plain(self, msgs: Messages, rnd: Round) -> Messages:
         """The inner messages. Raises LengthError, or PayloadError where a short row is not in the code."""
         form, full = self._layout(msgs.d), self.capacity(rnd.cohort, msgs.d)
-        payload, size = msgs.payload, msgs.nbytes
-        if bool((size < form.head).any()) or bool((size > min(full, payload.shape[1])).any()):
-            raise LengthError(
-                f"rows of {size.tolist()[:4]} bytes in {payload.shape[1]}; {self!r} sends {full} at most."
+        payload, size, ops = msgs.payload, msgs.nbytes, kernels.of(msgs.payload)
+        sizes = size.tolist()
+        if sizes and (min(sizes) < form.head or max(sizes) > min(full, payload.shape[1])):
+            raise LengthError(f"rows of {sizes[:4]} bytes in {payload.shape[1]}; {self!r} sends {full} at most.")
+
+        def unpacked(rows: Tensor, size: Tensor) -> Tensor:
+            code, good = ops.decode_entropy(
+                rows[:, form.head :].contiguous(), size - form.head, form.symbols, form.levels
             )
-        out = torch.zeros(len(payload), full, dtype=torch.uint8, device=payload.device)
-        out[:, : payload.shape[1]] = payload[:, :full]
-        short, ops = size < full, kernels.of(payload)
-        if bool(short.any()):
-            body = payload[short, form.head :].contiguous()
-            code, good = ops.decode_entropy(body, size[short] - form.head, form.symbols, form.levels)
             if not bool(good.all()):
-                raise PayloadError(f"{self!r}: a row of {int(size[short][~good][0])} bytes is not in its code.")
-            out[short, form.head :] = ops.pack_trits(code) if form.ternary else ops.pack(code, _bits(form))
+                raise PayloadError(f"{self!r}: a row of {int(size[~good][0])} bytes is not in its code.")
+            return ops.pack_trits(code) if form.ternary else ops.pack(code, _bits(form))
+
+        if sizes and max(sizes) < full:
+            out = torch.cat([payload[:, : form.head], unpacked(payload, size)], 1)
+        else:
+            out, short = torch.zeros(len(payload), full, dtype=torch.uint8, device=payload.device), size < full
+            out[:, : payload.shape[1]] = payload[:, :full]
+            if sizes and min(sizes) < full:
+                out[short, form.head :] = unpacked(payload[short], size[short])
         return Messages(out, torch.full_like(size, full), msgs.slots, msgs.d)
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
