@@ -1,6 +1,6 @@
 """What ranks settle before the first round: constants from the first of them, however long they take, and equal data.
 
-Ranks are threads here, over a channel that does no more than hand tensors around; under torchrun they are processes
+Ranks are threads here, over a channel that hands tensors around; under torchrun they are processes
 (last test), and the problem counts who asks it for what.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_checkpoint import Ranks
 
 from shoal import Quadratics, simulate
 from shoal.data import load
@@ -31,42 +32,24 @@ from shoal.theory import Constant, Smoothness
 QUADRATICS = Quadratics(n=5, d=6, noise=0.3, lam=0.1)
 
 
-class Lane:
-    """One thread's channel among W."""
+class Surveyed(Ranks):
+    """Any error is what a rank returns, and ends the meetings unless all of them raise it."""
 
-    def __init__(self, rank: int, n: int, world: int, tables: list, barrier: threading.Barrier) -> None:
-        self.rank, self.n, self.tables, self.barrier = rank, n, tables, barrier
-        self.clients = torch.arange(n).tensor_split(world)[rank]
-        self.asked = 0
+    def each(self, work) -> list:
+        def guarded(lane):
+            try:
+                return work(lane)
+            except Exception as error:
+                if not isinstance(error, (ConfigError, ConfigMismatch)):
+                    self.barrier.abort()
+                return error
 
-    def together(self, mine):
-        self.tables[self.rank] = mine.clone()
-        self.asked += 1
-        self.barrier.wait(10)
-        out = [one.clone() for one in self.tables]
-        assert len({(one.shape, one.dtype) for one in out}) == 1
-        self.barrier.wait(10)
-        return out
+        return super().each(guarded)
 
 
-def ranked(work, n: int = 5, world: int = 3) -> list:
-    """What each of the ranks returns, or the error that it raises."""
-    tables, barrier, out = [None] * world, threading.Barrier(world), [None] * world
-
-    def one(rank: int) -> None:
-        try:
-            out[rank] = work(Lane(rank, n, world, tables, barrier))
-        except Exception as error:
-            out[rank] = error
-            if not isinstance(error, (ConfigError, ConfigMismatch)):
-                barrier.abort()
-
-    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    return out
+def ranked(work, world: int = 3) -> list:
+    """What each of the ranks returns, or the error that it raises; five clients are shared out."""
+    return Surveyed(world).each(work)
 
 
 class Asked(Quadratics):
@@ -108,8 +91,9 @@ def test_all_hear_what_the_first_works_out(asking):
 
     def one(lane):
         torch.set_num_threads(1)
-        mine = survey(lane)
-        return mine.share(lane), lane.asked, mine.start
+        mine, meet, met = survey(lane), lane.together, []
+        lane.together = lambda tensor: met.append(1) or meet(tensor)
+        return mine.share(lane), len(met), mine.start
 
     asking(slow)
     out = ranked(one)
@@ -166,10 +150,11 @@ def test_a_search_goes_on_in_the_next_attempt(asking):
         raise ValueError("leave")
 
     asking(once)
-    first = survey(Lane(0, 5, 3, [None] * 3, threading.Barrier(1)))
+    lane = Ranks(3).channel(0)
+    first = survey(lane)
     for _ in range(2):
         with pytest.raises(ValueError, match="leave"):
-            first.share(Lane(0, 5, 3, [None] * 3, threading.Barrier(1)), heed=leave)
+            first.share(lane, heed=leave)
     assert prepared.searching()
     release.set()
     out = ranked(lambda lane: (first if lane.rank == 0 else survey(lane)).share(lane, compare=False))
@@ -187,7 +172,7 @@ def test_a_signal_comes_before_the_word_of_a_rank_that_was_faster(asking):
     def lost(mine):
         raise PeerLost("rank 1 has gone.", [1])
 
-    lane = Lane(0, 5, 3, [], threading.Barrier(1))
+    lane = Ranks(3).channel(0)
     lane.together = lost
     with pytest.raises(PeerLost, match="rank 1"):
         survey(lane).share(lane, heed=lambda: heeded.append(1))
@@ -233,15 +218,15 @@ def test_data_that_are_not_the_same_are_named_everywhere():
                                                      (math.inf, 1.0, False), (1.0, math.nan, False),
                                                      (0.0, 1e-9, True), (1.0, 1.01, False)])  # fmt: skip
 def test_which_numbers_are_the_same(here, there, same):
-    """Of f at the second rank's client."""
+    """Of f at the last rank's last client."""
 
     def one(lane):
-        numbers = torch.full((3, 2), 2.0, dtype=torch.float64)
-        numbers[0] = torch.tensor([1.0, here if lane.rank == 0 else there])
-        clients = torch.arange(2)[lane.rank :]
-        return prepared._compare(numbers[:, lane.rank :], clients, lane)
+        numbers = torch.full((3, 5), 2.0, dtype=torch.float64)
+        numbers[0] = torch.tensor([1.0, 1.0, 1.0, 1.0, here if lane.rank == 0 else there])
+        clients = torch.arange(5) if lane.rank == 0 else lane.clients
+        return prepared._compare(numbers[:, clients], clients, lane)
 
-    out = ranked(one, n=2, world=2)
+    out = ranked(one, world=2)
     assert all((error is None) == same for error in out), out
 
 
