@@ -261,11 +261,11 @@ from shoal import Quadratics
 
 
 class Counted(Quadratics):
-    \"\"\"Says in files who is asked for what; its constants take longer than ranks are waited for.\"\"\"
+    \"\"\"Says in files who is asked for what; its constants take several signs of life.\"\"\"
 
     def smoothness(self):
         Path(f"constants{os.environ['RANK']}").touch()
-        time.sleep(1.5)
+        time.sleep(0.5)
         return super().smoothness()
 
     def evaluate(self, x, clients):
@@ -283,7 +283,7 @@ def test_under_torchrun_one_rank_finds_the_constants(tmp_path, command):
     problem, budget = "Counted(n=5, d=6, noise=0.3, lam=0.1)", ["--rounds", "20", "--target", "1e-1"]
     method = ["Marina(Correlated(), p=0.5)"]
     more = ["--steps", "theory", "--seeds", "1"] if command == "race" else []
-    words = [command, problem, *method, *budget, *more, "--with", "counted.py", "--out", "out", "--timeout", "1"]
+    words = [command, problem, *method, *budget, *more, "--with", "counted.py", "--out", "out"]
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     path = os.pathsep.join([str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
