@@ -26,7 +26,7 @@ from shoal.kernels.cpu.lanes import (
 )
 from shoal.kernels.cpu.philox import TILE, copy, fill_below, fill_halves, key, place_row, shared_key, unsigned, word
 from shoal.kernels.cpu.threads import LEAST, spread
-from shoal.kernels.cpu.vectors import expect
+from shoal.kernels.cpu.vectors import claim, expect
 from shoal.kernels.draw import Draw
 from shoal.kernels.reference.bits import LIFT, TINY
 
@@ -34,6 +34,7 @@ V = np.float32(2.0**-24)
 WIDE = 4 * TILE  # coordinates that share a pass of shifts: 16 KiB, and a row's turn costs as much as some hundred bits
 MANY = 1 << 19  # coordinates from which on rows are foreseen: a third less time where they come from memory
 AHEAD = 512  # bytes of a row that are on their way while 64 are counted: of so many rows, none is foreseen
+SOON = 1024  # floats: so far ahead of the mean are its lines claimed; a tenth less time
 MOST = float(np.finfo(np.float32).max)
 _MAGIC, _TOP = np.uint64(0x0102040810204080), np.uint64(56)
 
@@ -259,6 +260,9 @@ def _few_bits(payload, r, cohort, out, lo, hi):
             named_512(planes, table, room, 0)
             copy(room[:count], out[at:])
         else:
+            if out.size >= MANY:
+                for j in range(at + SOON, at + SOON + 512, 64):
+                    claim(out, j)
             named_512(planes, table, out, at)
 
 
