@@ -57,6 +57,7 @@ def encode(v, place, shifts, offset):
     u, r, draws = v.u, v.r, (v.private, v.tie)
     for lot in (None, shifts, v.shared):
         gpu.encode_bits(u, r, *draws, 5, place, lot, head=True)
+    gpu.encode_bits(u, r, *draws, 500, place, v.shared)
     gpu.encode_levels(u, r, *draws, 12)
     gpu.encode_levels(u, r, *draws, 12, 5, place, shifts)
     gpu.encode_trits(u, r, *draws)

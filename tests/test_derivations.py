@@ -477,10 +477,27 @@ def test_rounding_bias(steps):
         assert abs(mean - Fraction(float(u))) <= bound + 2 * Fraction(float(r)) / steps / 2**40
 
 
-def picked(m):
-    """P(floor(word m / 2^32) = v) for v = 0..m-1, exactly."""
-    edges = [-(-(v << 32) // m) for v in range(m + 1)]
-    return [Fraction(b - a, 2**32) for a, b in itertools.pairwise(edges)]
+def picked(m, bits=32):
+    """P(floor(word m / 2^bits) = v) for v = 0..m-1 and words of so many bits, exactly."""
+    edges = [-(-(v << bits) // m) for v in range(m + 1)]
+    return [Fraction(b - a, 2**bits) for a, b in itertools.pairwise(edges)]
+
+
+@pytest.mark.parametrize("n", range(1, 129))
+def test_shift_marginals(n):
+    """Each shift's probability is off by less than 2^-48: over all halves, those that decide alone, and the words that
+    carry of those that do not. Of these there are n - gcd(n, 2^16)."""
+    upper, left = np.divmod(np.arange(2**16) * n, 2**16)
+    alone = left + n <= 2**16
+    pairs = [int(count) * 2**32 for count in np.bincount(upper[alone], minlength=n)]
+    for s, rest in zip(upper[~alone].tolist(), left[~alone].tolist(), strict=True):
+        carry = 2**32 - -(-(2**16 - rest) * 2**32 // n)  # words with floor(w n / 2^32) >= 2^16 - rest
+        pairs[s] += 2**32 - carry
+        pairs[s + 1] += carry
+    law = [Fraction(count, 2**48) for count in pairs]
+    assert law == picked(n, 48)
+    assert all(abs(p - Fraction(1, n)) < Fraction(1, 2**48) for p in law)
+    assert int((~alone).sum()) == n - math.gcd(n, 2**16)
 
 
 @pytest.mark.parametrize(("d", "k"), [(3, 1), (7, 3), (23, 5), (24, 23)])
@@ -511,7 +528,7 @@ def test_floyd_marginals(d, k):
 @pytest.mark.parametrize("n", [2, 3, 5, 6])
 def test_fisher_yates_marginals(n):
     """|n P(pi(i) = b) - 1| <= eta (1 + eta), eta = (n + 1 + ln n) 2^-32; for the place pi(i) + s mod n with an
-    independent shift s, the two deviations multiply: <= n 2^-32 eta (1 + eta)."""
+    independent shift s of 48 bits, the two deviations multiply: <= n 2^-48 eta (1 + eta)."""
     law = {t: picked(t + 1) for t in range(n)}
     table = [[Fraction(0)] * n for _ in range(n)]
     for choice in itertools.product(*(range(t + 1) for t in range(n - 1, 0, -1))):
@@ -522,8 +539,8 @@ def test_fisher_yates_marginals(n):
         for i, b in enumerate(out):
             table[i][b] += weight
     eta = (n + 1 + math.log(n)) / 2**32
-    shift = picked(n)
+    shift = picked(n, 48)
     for row in table:
         assert all(abs(n * p - 1) <= eta * (1 + eta) for p in row)
         place = [sum(row[b] * shift[(c - b) % n] for b in range(n)) for c in range(n)]
-        assert all(abs(n * p - 1) <= n * eta * (1 + eta) / 2**32 for p in place)
+        assert all(abs(n * p - 1) <= n * eta * (1 + eta) / 2**48 for p in place)

@@ -166,6 +166,19 @@ def test_ties_are_settled_alike():
 
 
 @needs_triton
+@pytest.mark.parametrize("n", [3, 16, 100, 128, 129])
+def test_shifts_of_long_rows(n):
+    """So long that words carry, also among the shifts that `encode_bits` draws for itself."""
+    draw, u = Inputs(1, 1, 1.0).shared, torch.zeros(1, 4097)
+    for d in (63, 129, 4097, 100_003):
+        same(cpu.shifts(draw, d, n), Carried().shifts(draw, d, n))
+    carried = reference.shifts(draw, 4097, n) != reference.halves(draw, 4097).long() * n >> 16
+    assert n != 100 or carried.any()
+    arguments = (u, torch.ones(1), draw._replace(stream=5), draw._replace(stream=6), n, torch.zeros(1).long(), draw)
+    same(cpu.encode_bits(*arguments), Carried().encode_bits(*arguments))
+
+
+@needs_triton
 def test_negative_denormals_have_a_floor():
     """floor(-1e-40) is -1; where denormals are taken for zeros it is 0."""
     v = Inputs(2, 130, 1.0)

@@ -78,7 +78,7 @@ def rounded(ops: ModuleType, v: Inputs) -> list[Tensor]:
     norm = torch.where(torch.isfinite(n := reference.norms(v.u)), n, v.r)
     for r in (v.r, norm, v.r * 0.75):
         out.append(ops.encode_bits(v.u, r, v.private, v.tie, 1, torch.zeros(v.m, dtype=torch.int64), None))
-        for strata in (2, 5, 16, 1000):
+        for strata in (2, 5, 16, 127, 1000):
             place = torch.arange(v.m) % strata
             shifts = torch.from_numpy(np.random.default_rng(strata).integers(0, strata, (1, v.d)).astype(np.int32))
             out.append(ops.encode_bits(v.u, r, v.private, v.tie, strata, place, shifts))
@@ -261,6 +261,7 @@ CASES |= {
 }
 CASES |= {
     "below": lambda ops, v: [ops.below(v.private, v.d, n) for n in (1, 2, 16, 2**31 - 1)],
+    "shifts": lambda ops, v: [ops.shifts(v.private, v.d, n) for n in (1, 3, 16, 127, 128, 129, 2**31 - 1)],
     "decode_natural_levels": lambda ops, v: read(
         lambda p, c: ops.decode_natural_levels(p, v.r, c // 2, v.d), v, (3, 5, 15, 31, 255)
     ),
@@ -560,7 +561,7 @@ def test_ties_of_bits_are_settled_alike(strata):
     """Every coordinate is made to tie with its half (counted), so every bit comes from the second word."""
     v = Inputs(3, 2500, 1.0)
     place = torch.arange(3) % strata
-    shifts = reference.below(v.shared, 2500, strata)
+    shifts = reference.shifts(v.shared, 2500, strata)
     at = ((place[:, None] + shifts.long()) % strata).numpy()
     h, r = reference.halves(v.private, 2500).numpy(), torch.ones(3)
     u = on_the_border(h, strata, at, v.rng)

@@ -80,6 +80,28 @@ def test_layout_of_words_and_halves(ops):
 
 
 @BOTH
+def test_shifts_by_hand(ops):
+    """floor((h 2^32 + w) n / 2^48) in Python's integers, w = word 2^33 + j, whose call is 2^31 + 16 (j // 64) + j % 16;
+    for n = 100 some words carry, for powers of two none is looked at. `below` beyond 128, and longer rows go on."""
+    draw, d = Draw(torch.tensor([0xFFFFFFFF]), 731, 0xDEADBEEF, 2**64 - 5), 100_003
+    j = np.arange(d)
+    counter = np.stack([2**31 + 16 * (j // 64) + j % 16, *(np.full(d, v) for v in (0xFFFFFFFF, 731, 0xDEADBEEF))], 1)
+    words = reference.philox.philox(counter.astype(np.uint32), (2**32 - 5, 2**32 - 1))[j, j % 64 // 16]
+    h, w = ops.halves(draw, d)[0].numpy().astype(int).astype(object), words.astype(object)
+    for n in (1, 2, 3, 7, 16, 100, 127, 128):
+        shifts, looked = ops.shifts(draw, d, n)[0].numpy(), h * n % 2**16 + n > 2**16
+        assert np.array_equal(shifts, (h * 2**32 + w) * n // 2**48)
+        carried = shifts != h * n // 2**16
+        assert not (carried & ~looked).any()
+        assert n & (n - 1) or not looked.any()
+        assert n != 100 or 0 < carried.sum() < looked.sum()
+        for short in (1, 63, 127, 129, 257, 4097):
+            assert np.array_equal(ops.shifts(draw, short, n)[0].numpy(), shifts[:short])
+    for n in (129, 1000):
+        assert torch.equal(ops.shifts(draw, d, n), ops.below(draw, d, n))
+
+
+@BOTH
 def test_golden_permutation_and_support(ops):
     """By hand from the words: Fisher-Yates from the top, and Floyd's subsets."""
     draw, d, k = Draw(torch.tensor([4, 9]), 12, 34, 56), 11, 5
@@ -244,9 +266,10 @@ def test_support_law(d, k):
     assert uniform_law(counts) > ALARM
 
 
-@pytest.mark.parametrize("n", [2, 5, 16, 1000])
-def test_below_law(n):
-    places = rng.below(Round.full(0, 4, 20).draw("x"), 4000, n).numpy()
+@pytest.mark.parametrize("name", ["below", "shifts"])
+@pytest.mark.parametrize("n", [2, 5, 16, 127, 1000])
+def test_below_law(n, name):
+    places = getattr(cpu, name)(Round.full(0, 4, 20).draw("x"), 4000, n).numpy()
     assert places.min() >= 0
     assert places.max() < n
     assert uniform_law(np.bincount(places.ravel(), minlength=n)) > ALARM

@@ -51,6 +51,7 @@ def outputs(ops: object, m: int, d: int) -> dict[str, Tensor]:
     out["mean"] = ops.mean_bits(code[:, 4:], r, d, m + 1)
     out["mean of one scale"] = ops.mean_bits(out["strata"], r[:1].expand(m).contiguous(), d, 3)
     out["words"], out["below"] = ops.words(shared, d), ops.below(shared, d, 1000)
+    out["shifts"] = ops.shifts(shared, d, 100)
     return out
 
 

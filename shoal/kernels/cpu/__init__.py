@@ -13,7 +13,7 @@ from shoal.kernels.cpu.drive import decode_turned, encode_turned
 from shoal.kernels.cpu.entropy import decode_entropy, encode_entropy
 from shoal.kernels.cpu.levels import decode_levels, decode_trits, encode_levels, encode_trits, mean_levels, mean_trits
 from shoal.kernels.cpu.lowrank import low_rank, outer
-from shoal.kernels.cpu.philox import below, coins, halves, permutation, places, support, symmetric, words
+from shoal.kernels.cpu.philox import below, coins, halves, permutation, places, shifts, support, symmetric, words
 from shoal.kernels.cpu.points import decode_points, encode_points, encode_signs
 from shoal.kernels.cpu.pointwise import (
     decode_natural,

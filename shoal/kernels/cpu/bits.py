@@ -24,11 +24,23 @@ from shoal.kernels.cpu.lanes import (
     signs_64,
     strata_256,
 )
-from shoal.kernels.cpu.philox import TILE, copy, fill_below, fill_halves, key, place_row, shared_key, unsigned, word
+from shoal.kernels.cpu.philox import (
+    TILE,
+    copy,
+    fill_below,
+    fill_halves,
+    fill_shifts,
+    key,
+    place_row,
+    shared_key,
+    unsigned,
+    word,
+)
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.cpu.vectors import claim, expect
 from shoal.kernels.draw import Draw
 from shoal.kernels.reference.bits import LIFT, TINY
+from shoal.kernels.reference.philox import FEW_STRATA
 
 V = np.float32(2.0**-24)
 WIDE = 4 * TILE  # coordinates that share a pass of shifts: 16 KiB, and a row's turn costs as much as some hundred bits
@@ -124,11 +136,16 @@ def _encode_bits(u, r, out, start, slots, key, tie, strata, place, given, shared
     lo, hi, first, last = part(u, long, lo, hi)
     index, stream, k0, k1 = key
     shift, scales = np.zeros(WIDE if strata > 1 else 1, np.int32), r.view(np.uint32)
-    pad, sent = np.zeros(256, np.float32), np.zeros(32, np.uint8)
+    pad, sent, ties, row = np.zeros(256, np.float32), np.zeros(32, np.uint8), np.zeros(8, np.uint32), u[first]
     for at in range(lo, hi, WIDE):
         count = min(WIDE, hi - at)
         if strata > 1 and given.size:
             copy(given[at : at + count], shift)
+        elif 1 < strata <= FEW_STRATA:
+            for k in range(0, count, 256):
+                for line in range(at + k, at + k + 256, 16):
+                    expect(row, line)  # the row comes while shifts are drawn: a fifth less time where it is far
+                fill_shifts(shift, k, at + k, shared, strata, ties)
         elif strata > 1:
             fill_below(shift[: (count + 63) // 64 * 64], at // 64, shared, strata)
         for i in range(first, last):

@@ -165,6 +165,27 @@ def below_128(_, out, at, counter, draw, n):
     return _below(out, 2)
 
 
+@intrinsic
+def shifts_256(_, out, at, counter, draw, n, ties):
+    """out[at:at+256] int32: (h n) >> 16 of the halves h of 32 counters, n < 2^16. True if one may be too small by one:
+    those with a bit in ties uint32[8]."""
+
+    def build(context, b, signature, args):
+        place, wide = _at(context, b, signature.args[0], args[0], args[1]), _vector(_I32, 32)
+        ties, n, some = _at(context, b, signature.args[5], args[5], _I64(0)), _splat(b, args[4], 32), _I32(0)
+        for w, pair in enumerate(pair for block in _philox(b, args[2], args[3], 2) for pair in block):
+            h = _halves(b, pair)
+            # Processors have a multiplication of 16 bits for either half of the product.
+            upper = b.trunc(b.lshr(b.mul(b.zext(h, wide), b.zext(n, wide)), wide([16] * 32)), h.type)
+            over = b.bitcast(b.icmp_unsigned(">", b.mul(h, n), b.neg(n)), _I32)
+            some = b.or_(some, over)
+            _store(b, over, ties, w)
+            _store(b, b.zext(upper, wide), place, 32 * w)
+        return b.icmp_unsigned("!=", some, _I32(0))
+
+    return types.boolean(out, types.int64, types.uint64, _DRAW, types.uint16, ties), build
+
+
 # ------------------------------------------------------------------------------------------------ rounding to a bit
 def _floor(b, v):
     name = f"llvm.floor.v{v.type.count}f32"

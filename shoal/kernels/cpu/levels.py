@@ -11,7 +11,7 @@ from shoal.kernels.cpu.bits import NO_SHIFTS, V, cell_scale
 from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.codes import ROOM, SPAN, TRITS, pack_tile, put_four, room
 from shoal.kernels.cpu.lanes import cells_256
-from shoal.kernels.cpu.philox import below_rows, copy, fill_halves, key, place_row, word
+from shoal.kernels.cpu.philox import copy, fill_halves, key, place_row, shift_rows, word
 from shoal.kernels.cpu.tables import decode_table, mean_table
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.draw import Draw
@@ -135,7 +135,7 @@ def encode_levels(
 ) -> Tensor:
     (m, d), shift = u.shape, NO_SHIFTS
     if isinstance(shifts, Draw):
-        shift = below_rows(shifts, d, strata)[0]
+        shift = shift_rows(shifts, d, strata)[0]
     elif strata > 1:
         shift = np.zeros(d, np.int32) if shifts is None else shifts.numpy().reshape(-1)
     if isinstance(place, Draw):

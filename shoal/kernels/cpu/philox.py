@@ -14,10 +14,11 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.buffers import ready
-from shoal.kernels.cpu.lanes import below_64, below_128, halves_128, halves_256, words_64, words_128
+from shoal.kernels.cpu.lanes import below_64, below_128, halves_128, halves_256, shifts_256, words_64, words_128
 from shoal.kernels.cpu.threads import spread
 from shoal.kernels.cpu.vectors import lowest
 from shoal.kernels.draw import Draw
+from shoal.kernels.reference.philox import BEYOND, FEW_STRATA
 
 TILE = 1024  # coordinates a pass: their random words and flags stay in the first-level cache
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -87,6 +88,35 @@ def word(j, slot, index, stream, k0, k1):
     return w2 if w == 2 else w3
 
 
+@njit(inline="always")
+def half(j, slot, index, stream, k0, k1):
+    """Half j of a stream alone."""
+    b, k = j // 128 * 128, j % 128  # of the words of the same call
+    w = word(b // 2 + k // 32 * 16 + k % 16, slot, index, stream, k0, k1)
+    return (w >> np.uint64(16)) if (k // 16) % 2 else w & np.uint64(0xFFFF)
+
+
+@njit
+def _carried(out, ties, at, first, draw, n):
+    """out[at:at+256]: those with a bit in `ties` are drawn again, with their words."""
+    slot, index, stream, k0, k1 = draw
+    for w in range(8):
+        left = np.uint64(ties[w])
+        while left:
+            k = 32 * w + lowest(left)
+            left &= left - np.uint64(1)
+            carry = (word(first + k + BEYOND, slot, index, stream, k0, k1) * np.uint64(n)) >> _SHIFT
+            product = half(first + k, slot, index, stream, k0, k1) * np.uint64(n)
+            out[at + k] = np.int32((product + carry) >> np.uint64(16))
+
+
+@njit(inline="always")
+def fill_shifts(out, at, first, draw, n, ties):
+    """out[at:at+256] int32: shifts below n <= FEW_STRATA from coordinate `first` on; ties uint32[8] is for its use."""
+    if shifts_256(out, at, np.uint64(first // 8), draw, np.uint16(n), ties):
+        _carried(out, ties, at, first, draw, n)
+
+
 @lru_cache(maxsize=1024)
 def unsigned(value: int) -> np.uint64:
     """The number as the compiled loops take it: few different ones are asked for, again and again."""
@@ -139,6 +169,19 @@ def _below(out, slots, index, stream, k0, k1, n, lo, hi):
             copy(tile[: hi - whole], out[i, whole:])
 
 
+@njit(cache=True, nogil=True)
+def _shifts(out, slots, index, stream, k0, k1, n, lo, hi):
+    tile, ties = np.empty(256, np.int32), np.empty(8, np.uint32)
+    for i in range(out.shape[0]):
+        row, draw = out[i], (np.uint64(slots[i]), index, stream, k0, k1)
+        for at in range(lo, hi, 256):
+            if hi - at >= 256:
+                fill_shifts(row, at, at, draw, n, ties)
+            else:
+                fill_shifts(tile, 0, at, draw, n, ties)
+                copy(tile[: hi - at], row[at:])
+
+
 def word_rows(draw: Draw, d: int) -> np.ndarray:
     """`words`, for other kernels."""
     out = ready((len(draw.slots), d), np.uint32)
@@ -170,6 +213,19 @@ def below_rows(draw: Draw, d: int, n: int) -> np.ndarray:
 
 def below(draw: Draw, d: int, n: int) -> Tensor:
     return torch.from_numpy(below_rows(draw, d, n))
+
+
+def shift_rows(draw: Draw, d: int, n: int) -> np.ndarray:
+    """`shifts`, for other kernels."""
+    if n > FEW_STRATA:
+        return below_rows(draw, d, n)
+    out = ready((len(draw.slots), d), np.int32)
+    spread(_shifts, (out, draw.slots.numpy(), *key(draw), n), d, TILE)
+    return out
+
+
+def shifts(draw: Draw, d: int, n: int) -> Tensor:
+    return torch.from_numpy(shift_rows(draw, d, n))
 
 
 @njit(cache=True, nogil=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from shoal.kernels.cpu.bits import V, cell_scale
 from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.codes import ROOM, SPAN, pack_tile, put_four, room
-from shoal.kernels.cpu.philox import below_rows, fill_halves, half_rows, key, place_row, unsigned, word
+from shoal.kernels.cpu.philox import fill_halves, half_rows, key, place_row, shift_rows, unsigned, word
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.draw import Draw
 
@@ -88,7 +88,7 @@ def encode_strata(
     (m, d), bits, slots, start = u.shape, (levels - 1).bit_length(), private.slots.numpy(), 4 if head else 0
     out = ready((m, start + room(d, bits)), np.uint8)
     spot = place_row(place, strata, slots) if isinstance(place, Draw) else place.numpy()
-    shift = below_rows(shifts, d, strata)[0] if isinstance(shifts, Draw) else shifts.numpy().reshape(-1)
+    shift = shift_rows(shifts, d, strata)[0] if isinstance(shifts, Draw) else shifts.numpy().reshape(-1)
     rows = (u.numpy(), r.numpy(), out, start, slots, key(private), unsigned(tie.stream))
     args = (*rows, levels, strata, spot, shift, steps, _offsets(offset, d), bits)
     spread(_encode_strata, args, m * -(-d // SPAN), least=LEAST // SPAN)

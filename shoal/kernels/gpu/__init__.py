@@ -16,7 +16,7 @@ from shoal.kernels.gpu.hosted import hosted
 from shoal.kernels.gpu.levels import decode_levels, decode_trits, encode_levels, encode_trits, mean_levels, mean_trits
 from shoal.kernels.gpu.lowrank import outer
 from shoal.kernels.gpu.packing import pack, pack_trits, unpack, unpack_trits
-from shoal.kernels.gpu.philox import below, coins, halves, symmetric, words
+from shoal.kernels.gpu.philox import below, coins, halves, shifts, symmetric, words
 from shoal.kernels.gpu.points import (
     decode_points,
     decode_turned,

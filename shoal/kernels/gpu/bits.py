@@ -10,8 +10,9 @@ from torch import Tensor
 from shoal.kernels.draw import Draw
 from shoal.kernels.gpu.hosted import hosted
 from shoal.kernels.gpu.launch import KEY, TILE, headed, inner, key, launch, tiles
-from shoal.kernels.gpu.philox import below_tile, halves_tile, tile_of, words_tile
+from shoal.kernels.gpu.philox import below_tile, halves_tile, shifts_tile, tile_of, words_tile
 from shoal.kernels.reference.bits import LIFT, TINY
+from shoal.kernels.reference.philox import FEW_STRATA
 
 ADDED = 512  # coordinates a program that adds rows: each waits for its sums, so there are more of them
 
@@ -54,7 +55,7 @@ def packed_flags(flags, SIZE: tl.constexpr):
     return tl.sum(eights, axis=1).to(tl.uint8)
 
 
-GIVEN, DRAWN = 1, 2  # the shifts of the strata: a tensor, or numbers that a program draws
+GIVEN, DRAWN, FEW = 1, 2, 3  # the shifts of the strata: a tensor, or numbers that a program draws, among few as well
 
 
 @triton.jit(do_not_specialize=(*KEY, "tie", "strata", "shared_index", "shared_stream", "shared_k0", "shared_k1"))
@@ -72,6 +73,9 @@ def _encode_bits(
         at += tl.load(shifts + j, mask=j < d, other=0).to(tl.int64)
     elif SHIFTED == 2:
         lot = below_tile(lo, tl.load(shifts), strata, shared_index, shared_stream, shared_k0, shared_k1, SIZE)
+        at += lot.to(tl.int64)
+    elif SHIFTED == 3:
+        lot = shifts_tile(lo, tl.load(shifts), strata, shared_index, shared_stream, shared_k0, shared_k1, SIZE)
         at += lot.to(tl.int64)
     strata = strata.to(tl.int64)
     t = cell + (strata * 32768 - stratum(at, strata) * 65536)
@@ -100,7 +104,7 @@ def encode_bits(
     index, stream, k0, k1 = key(private)
     shift = place if shifts is None else shifts.slots if drawn else shifts
     lot = (shift.contiguous(), *numbers, index, stream, key(tie)[1], k0, k1, *key(shifts if drawn else private))
-    what = DRAWN if drawn else GIVEN if shifts is not None else 0
+    what = (DRAWN if strata > FEW_STRATA else FEW) if drawn else GIVEN if shifts is not None else 0
     launch(_encode_bits, m * across, u.device, *rows, *lot, SHIFTED=what, SIZE=TILE)
     return out
 

@@ -15,8 +15,8 @@ from shoal.kernels.gpu.bits import ADDED, below, cell_scale, floored, stratum
 from shoal.kernels.gpu.hosted import hosted
 from shoal.kernels.gpu.launch import KEY, TILE, headed, inner, key, launch, tiles
 from shoal.kernels.gpu.packing import digit, field, pack_trits, store_packed
-from shoal.kernels.gpu.philox import below as draw_below
 from shoal.kernels.gpu.philox import halves_tile, tile_of
+from shoal.kernels.gpu.philox import shifts as draw_shifts
 
 
 @triton.jit(do_not_specialize=(*KEY, "tie", "levels", "strata", "steps"))
@@ -80,7 +80,7 @@ def encode_levels(
     head: bool = False,
 ) -> Tensor:
     place = hosted("places")(place, strata, private.slots) if isinstance(place, Draw) else place
-    shifts = draw_below(shifts, u.shape[1], strata) if isinstance(shifts, Draw) else shifts
+    shifts = draw_shifts(shifts, u.shape[1], strata) if isinstance(shifts, Draw) else shifts
     bits = (levels - 1).bit_length()
     out, body = headed(r, tiles(u.shape[1] * bits, 8), head)
     rounded(u, r, body, private, tie, levels, strata, (levels - 1) * strata, place, shifts, None, bits)

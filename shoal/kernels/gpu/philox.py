@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shoal.kernels.draw import Draw
 from shoal.kernels.gpu.launch import KEY, TILE, key, launch, tiles
+from shoal.kernels.reference.philox import FEW_STRATA
 
 
 @triton.jit
@@ -68,6 +69,15 @@ def below_tile(lo, slot, n, index, stream, k0, k1, SIZE: tl.constexpr):
     return tl.umulhi(w, tl.zeros_like(w) + n.to(tl.uint32))
 
 
+@triton.jit
+def shifts_tile(lo, slot, n, index, stream, k0, k1, SIZE: tl.constexpr):
+    """(SIZE,) int32: see reference.philox.shifts, n <= FEW_STRATA; words are drawn where one may carry."""
+    y = halves_tile(lo, slot, index, stream, k0, k1, SIZE) * n.to(tl.int32)
+    if tl.sum(((y & 0xFFFF) + n.to(tl.int32) > 0x10000).to(tl.int32), axis=0) > 0:
+        y += below_tile(lo + 0x200000000, slot, n, index, stream, k0, k1, SIZE).to(tl.int32)  # reference.philox.BEYOND
+    return y >> 16
+
+
 @triton.jit(do_not_specialize=(*KEY, "first", "n"))
 def _words(out, slots, first, d, across, n, index, stream, k0, k1, WHAT: tl.constexpr, SIZE: tl.constexpr):
     i, tile = tile_of(across)
@@ -77,8 +87,10 @@ def _words(out, slots, first, d, across, n, index, stream, k0, k1, WHAT: tl.cons
         tl.store(out + i * d + j, words_tile(lo, slot, index, stream, k0, k1, SIZE).to(tl.int32), mask=j < d)
     elif WHAT == 1:
         tl.store(out + i * d + j, halves_tile(lo, slot, index, stream, k0, k1, SIZE).to(tl.int16), mask=j < d)
-    else:
+    elif WHAT == 2:
         tl.store(out + i * d + j, below_tile(lo, slot, n, index, stream, k0, k1, SIZE).to(tl.int32), mask=j < d)
+    else:
+        tl.store(out + i * d + j, shifts_tile(lo, slot, n, index, stream, k0, k1, SIZE), mask=j < d)
 
 
 def _drawn(draw: Draw, first: int, d: int, what: int, n: int = 1) -> Tensor:
@@ -109,6 +121,10 @@ def symmetric(draw: Draw, d: int) -> Tensor:
 
 def below(draw: Draw, d: int, n: int) -> Tensor:
     return _drawn(draw, 0, d, 2, n)
+
+
+def shifts(draw: Draw, d: int, n: int) -> Tensor:
+    return _drawn(draw, 0, d, 2 if n > FEW_STRATA else 3, n)
 
 
 def below_from(draw: Draw, first: int, d: int, n: int) -> Tensor:

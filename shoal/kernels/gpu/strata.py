@@ -12,7 +12,8 @@ from shoal.kernels.gpu.bits import ADDED
 from shoal.kernels.gpu.hosted import hosted
 from shoal.kernels.gpu.launch import TILE, headed, launch, tiles
 from shoal.kernels.gpu.levels import rounded
-from shoal.kernels.gpu.philox import below, halves, tile_of
+from shoal.kernels.gpu.philox import halves, tile_of
+from shoal.kernels.gpu.philox import shifts as draw_shifts
 
 
 def _offsets(offset: Tensor | Draw, d: int) -> Tensor:
@@ -33,7 +34,7 @@ def encode_strata(
     head: bool = False,
 ) -> Tensor:
     place = hosted("places")(place, strata, private.slots) if isinstance(place, Draw) else place
-    shifts = below(shifts, u.shape[1], strata) if isinstance(shifts, Draw) else shifts
+    shifts = draw_shifts(shifts, u.shape[1], strata) if isinstance(shifts, Draw) else shifts
     bits = (levels - 1).bit_length()
     out, body = headed(r, tiles(u.shape[1] * bits, 8), head)
     rounded(u, r, body, private, tie, levels, strata, steps, place, shifts, _offsets(offset, u.shape[1]), bits)

@@ -18,7 +18,17 @@ from shoal.kernels.reference.levels import (
     mean_trits,
 )
 from shoal.kernels.reference.lowrank import low_rank, outer
-from shoal.kernels.reference.philox import below, coins, halves, permutation, places, support, symmetric, words
+from shoal.kernels.reference.philox import (
+    below,
+    coins,
+    halves,
+    permutation,
+    places,
+    shifts,
+    support,
+    symmetric,
+    words,
+)
 from shoal.kernels.reference.pointwise import (
     decode_natural,
     decode_natural_levels,
@@ -103,6 +113,7 @@ __all__ = [
     "rotate_signs",
     "scatter",
     "scatter_dealt",
+    "shifts",
     "sign_bits",
     "square_norm",
     "support",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.draw import Draw
-from shoal.kernels.reference.philox import below_array, half_array, places, word_array
+from shoal.kernels.reference.philox import half_array, places, shift_array, word_array
 from shoal.kernels.reference.sums import total_of
 
 TINY = np.float32(2.0**-80)  # below this scale a row is multiplied by LIFT first, so that no quotient overflows
@@ -49,12 +49,12 @@ def encode_bits(
 
     U_ij = (place_ij + u_ij) / strata with place_ij = (place_i + shifts_j) mod strata and u_ij private, uniform on
     [0, 1) with 40 bits. strata = 1 is independent rounding. A row with r = 0 gives fair bits.
-    Draws stand for below(shifts, d, strata), which a kernel may draw piece by piece, and places(place, strata, slots)
+    Draws stand for shifts(draw, d, strata), which a kernel may draw piece by piece, and places(place, strata, slots)
     with the slots of `private`. With `head` a row starts with r_i, little-endian.
     """
     d = u.shape[1]
     cell, frac = cells(u, r, strata)
-    shifts = torch.from_numpy(below_array(shifts, d, strata)) if isinstance(shifts, Draw) else shifts
+    shifts = torch.from_numpy(shift_array(shifts, d, strata)) if isinstance(shifts, Draw) else shifts
     place = places(place, strata, private.slots) if isinstance(place, Draw) else place
     spot = place.numpy().astype(np.int64)[:, None] + (0 if shifts is None else shifts.numpy().astype(np.int64))
     t = cell + strata * 32768 - (spot % strata) * 65536

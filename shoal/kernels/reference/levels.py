@@ -9,7 +9,7 @@ from torch import Tensor
 from shoal.kernels.draw import Draw
 from shoal.kernels.reference.bits import cells, decided, headed
 from shoal.kernels.reference.codes import pack, pack_trits, unpack, unpack_trits
-from shoal.kernels.reference.philox import below, half_array, places, word_array
+from shoal.kernels.reference.philox import half_array, places, shift_array, word_array
 from shoal.kernels.reference.sums import total_of
 
 
@@ -31,7 +31,7 @@ def encode_levels(
     bytes of r_i stand before them. Draws stand for what they stand for there.
     """
     place = places(place, strata, private.slots) if isinstance(place, Draw) else place
-    shifts = below(shifts, u.shape[1], strata) if isinstance(shifts, Draw) else shifts
+    shifts = torch.from_numpy(shift_array(shifts, u.shape[1], strata)) if isinstance(shifts, Draw) else shifts
     code = _rounded(u, r, private, tie, levels, strata, place, shifts)
     packed = pack(torch.from_numpy(code), (levels - 1).bit_length())
     return headed(r, packed) if head else packed

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from shoal.kernels.draw import Draw
 
+FEW_STRATA = 128  # up to as many, half a word draws a shift, and another word settles less than one of 512
+BEYOND = 2**33  # the coordinate from which on those words are: their calls, from 2^31 on, are never those of halves
+
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     """Philox4x32-10 of counters (..., 4) uint32 under a 64-bit key: (..., 4) uint32 (Salmon et al., SC'11)."""
@@ -21,19 +24,20 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     return np.stack(c, -1).astype(np.uint32)
 
 
-def _calls(draw: Draw, count: int) -> np.ndarray:
-    """(m, count, 4) words: the calls with counters 0..count-1 of every row."""
+def _calls(draw: Draw, count: int, first: int = 0) -> np.ndarray:
+    """(m, count, 4) words: the calls with counters first, first + 1, ... of every row."""
     slots = draw.slots.numpy().astype(np.uint32)
     counter = np.empty((len(slots), count, 4), np.uint32)
-    counter[..., 0] = np.arange(count, dtype=np.uint32)
+    counter[..., 0] = np.arange(first, first + count, dtype=np.uint32)
     counter[..., 1] = slots[:, None]
     counter[..., 2], counter[..., 3] = draw.round & 0xFFFFFFFF, draw.stream
     return philox(counter, (draw.seed & 0xFFFFFFFF, draw.seed >> 32))
 
 
-def word_array(draw: Draw, d: int) -> np.ndarray:
+def word_array(draw: Draw, d: int, first: int = 0) -> np.ndarray:
+    """The words of d coordinates from `first` on, a multiple of 64."""
     blocks = -(-d // 64)
-    w = _calls(draw, 16 * blocks).reshape(-1, blocks, 16, 4)  # row, block, counter in block, word
+    w = _calls(draw, 16 * blocks, first // 4).reshape(-1, blocks, 16, 4)  # row, block, counter in block, word
     return np.ascontiguousarray(w.transpose(0, 1, 3, 2).reshape(-1, 64 * blocks)[:, :d])
 
 
@@ -61,6 +65,22 @@ def below_array(draw: Draw, d: int, n: int) -> np.ndarray:
 def below(draw: Draw, d: int, n: int) -> Tensor:
     """(m, d) int32, uniform on 0..n-1, n < 2^31: floor(word n / 2^32), each probability off by less than 2^-32."""
     return torch.from_numpy(below_array(draw, d, n))
+
+
+def shift_array(draw: Draw, d: int, n: int) -> np.ndarray:
+    if n > FEW_STRATA:
+        return below_array(draw, d, n)
+    h, w = half_array(draw, d).astype(np.uint64), word_array(draw, d, BEYOND).astype(np.uint64)
+    return ((h << np.uint64(32) | w) * np.uint64(n) >> np.uint64(48)).astype(np.int32)
+
+
+def shifts(draw: Draw, d: int, n: int) -> Tensor:
+    """(m, d) int32, uniform on 0..n-1, n < 2^31: floor((h 2^32 + w) n / 2^48) of half h and word 2^33 + j, for n up to
+    FEW_STRATA, and else `below`. Each probability is off by less than 2^-48, or 2^-32.
+
+    That is (h n) >> 16, whatever w is, unless (h n mod 2^16) + n > 2^16, which holds for less than n of all 2^16 h.
+    """
+    return torch.from_numpy(shift_array(draw, d, n))
 
 
 def permutation(draw: Draw, d: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from shoal.kernels.draw import Draw
 from shoal.kernels.reference.bits import cells, decided, headed
 from shoal.kernels.reference.codes import pack
-from shoal.kernels.reference.philox import below, half_array, places, word_array
+from shoal.kernels.reference.philox import half_array, places, shift_array, word_array
 from shoal.kernels.reference.sums import total_of
 
 
@@ -38,7 +38,7 @@ def encode_strata(
     """
     offset = _offsets(offset, u.shape[1])
     place = places(place, strata, private.slots) if isinstance(place, Draw) else place
-    shifts = below(shifts, u.shape[1], strata) if isinstance(shifts, Draw) else shifts
+    shifts = torch.from_numpy(shift_array(shifts, u.shape[1], strata)) if isinstance(shifts, Draw) else shifts
     cell, frac = cells(u, r, steps)
     y = cell + steps * 32768 + offset.numpy().astype(np.int64)
     spot = place.numpy().astype(np.int64)[:, None] + shifts.numpy().astype(np.int64)
