@@ -83,6 +83,11 @@ def levels(ops, v):
     return [*plain, *(ops.encode_levels(v.u, v.r, v.private, v.tie, 3, 5, *placed, head) for head in (False, True))]
 
 
+def within(ops, v):
+    kept, out = ops.encode_within(v.u, v.r, v.private, v.tie, 5, torch.arange(v.m) % 5, v.shared)
+    return [kept, out, ops.encode_within(v.u, v.r * 0.75, v.private, v.tie, 5, torch.arange(v.m) % 5, v.shared)[1]]
+
+
 def bits(ops, v):
     place, shifts = torch.arange(v.m) % 5, torch.from_numpy(v.rng.integers(0, 5, (1, v.d)).astype(np.int32))
     out = [ops.encode_bits(v.u, v.r * 0.75, v.private, v.tie, 1, torch.zeros(v.m, dtype=torch.int64), None)]
@@ -132,6 +137,7 @@ FEWER = CASES | {
         lambda p, c: ops.mean_natural_levels(p, v.r, c // 2, v.d, 7), v, (3, 255)
     ),
     "encode_bits": bits,
+    "encode_within": within,
     "encode_levels": levels,
     "encode_natural_levels": lambda ops, v: [ops.encode_natural_levels(v.u, v.r, v.private, s) for s in (1, 7, 127)],
     "decode_bits": lambda ops, v: ops.decode_bits(v.bytes, v.r, v.d),

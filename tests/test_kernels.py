@@ -89,6 +89,17 @@ def rounded(ops: ModuleType, v: Inputs) -> list[Tensor]:
     return out
 
 
+def watched(ops: ModuleType, v: Inputs) -> list[object]:
+    """A scale that is the largest entry, one that some rows exceed, and a row with a NaN."""
+    spoiled, places = v.u.clone(), torch.arange(v.m) % 5
+    spoiled[-1:, -1] = float("nan")
+    out: list[object] = []
+    for u, r in ((v.u, v.r), (v.u, v.r * 0.75), (spoiled, v.r)):
+        code, within = ops.encode_within(u, r, v.private, v.tie, 5, places, v.shared)
+        out += [within, code if within else torch.empty(0)]
+    return out
+
+
 def leveled(ops: ModuleType, v: Inputs) -> list[Tensor]:
     norm = torch.where(torch.isfinite(n := reference.norms(v.u)), n, v.r)
     out = [ops.encode_levels(v.u, r, v.private, v.tie, s) for r in (v.r, norm) for s in (2, 3, 7, 15, 16, 32767)]
@@ -184,6 +195,7 @@ CASES: dict[str, Callable[[ModuleType, Inputs], object]] = {
     "decode_levels": lambda ops, v: read(lambda p, s: ops.decode_levels(p, v.r, s, v.d), v, COUNTS),
     "dots": lambda ops, v: ops.dots(v.u, v.u.flip(1).contiguous()),
     "encode_bits": rounded,
+    "encode_within": watched,
     "encode_levels": leveled,
     "gather": lambda ops, v: sparse(ops, v, "gather"),
     "hadamard": lambda ops, v: ops.hadamard(v.u[:, : 1 << (v.d.bit_length() - 1)].contiguous()),

@@ -25,7 +25,18 @@ from shoal.compressors.strata import strata_error, supremum_max, supremum_norm
 from shoal.core import Compressor
 from shoal.errors import ConfigError, PayloadError
 from shoal.kernels import Draw
-from shoal.messages import FLOAT_MAX, Messages, Round, Rows, Vector, checked_rows, largest, measured_rows, topped_rows
+from shoal.messages import (
+    FLOAT_MAX,
+    Messages,
+    Round,
+    Rows,
+    Vector,
+    checked_rows,
+    largest,
+    measured_rows,
+    shaped_rows,
+    topped_rows,
+)
 from shoal.slices import Slices, Tally
 from shoal.theory import AB
 
@@ -232,6 +243,11 @@ class Correlated(Compressor):
         return lambda d: n / (n // min(n, self.blocks))  # of a client of the smallest group
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
+        if self.agrees and self.levels == 2 and self.blocks == 1:  # looked at and rounded in one pass
+            u, agreed = shaped_rows(u, rnd), self._agreed(rnd, u.shape[0])
+            code, within = kernels.of(u).encode_within(u, agreed, *self._draws(rnd, rnd.cohort, _order(rnd)))
+            if within:
+                return Messages.of(code, rnd, u.shape[1])
         u, r = self._scaled(u, rnd)
         d = u.shape[1]
         self.check(rnd.cohort, d)
@@ -273,12 +289,15 @@ class Correlated(Compressor):
             r = ops.norms(u) if self.scale == "own" else ops.maxes(u)
         if head:
             r = checked_scale(r, rnd, rnd.cohort / strata)
-        lot = rnd.fork(f"groups of {strata}") if self.blocks > 1 else rnd  # no number is drawn twice in a round
-        shared = lot.shared("Correlated.shifts")
-        private, ties = rnd.draw("Correlated.bits"), rnd.draw("Correlated.ties")
+        private, ties, *shared = self._draws(rnd, strata, place)
         if self.levels == 2:
-            return ops.encode_bits(u, r, private, ties, strata, place, shared, head)
-        return ops.encode_levels(u, r, private, ties, self.levels, strata, place, shared, head)
+            return ops.encode_bits(u, r, private, ties, *shared, head)
+        return ops.encode_levels(u, r, private, ties, self.levels, *shared, head)
+
+    def _draws(self, rnd: Round, strata: int, place: Tensor | Draw) -> tuple[Draw, Draw, int, Tensor | Draw, Draw]:
+        """What a kernel rounds with: (private, ties, strata, place, shifts)."""
+        lot = rnd.fork(f"groups of {strata}") if self.blocks > 1 else rnd  # no number is drawn twice in a round
+        return rnd.draw("Correlated.bits"), rnd.draw("Correlated.ties"), strata, place, lot.shared("Correlated.shifts")
 
     def decode(self, msgs: Messages, rnd: Round) -> Rows:
         if self.blocks > 1:

@@ -6,7 +6,7 @@ lock. No fastmath: results are defined bit for bit, whatever the number of threa
 """
 
 from shoal.kernels import reference
-from shoal.kernels.cpu.bits import decode_bits, encode_bits, mean_bits, read_scales
+from shoal.kernels.cpu.bits import decode_bits, encode_bits, encode_within, mean_bits, read_scales
 from shoal.kernels.cpu.codes import pack, pack_trits, unpack, unpack_trits
 from shoal.kernels.cpu.dealt import dealt_lengths, gather_dealt, mean_dealt, scatter_dealt
 from shoal.kernels.cpu.drive import decode_turned, encode_turned

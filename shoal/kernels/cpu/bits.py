@@ -36,6 +36,7 @@ from shoal.kernels.cpu.philox import (
     unsigned,
     word,
 )
+from shoal.kernels.cpu.sums import top_of
 from shoal.kernels.cpu.threads import LEAST, spread
 from shoal.kernels.cpu.vectors import claim, expect
 from shoal.kernels.draw import Draw
@@ -131,9 +132,12 @@ def part(rows, long, lo, hi):
 
 
 @njit(cache=True, nogil=True)
-def _encode_bits(u, r, out, start, slots, key, tie, strata, place, given, shared, long, lo, hi):
-    """A part as `part` has it. Tile by tile, so that shared shifts are drawn once for all rows."""
-    lo, hi, first, last = part(u, long, lo, hi)
+def _encode_bits(u, r, out, start, slots, key, tie, strata, place, given, shared, watch, long, lo, hi):
+    """A part as `part` has it. Tile by tile, so that shared shifts are drawn once for all rows.
+
+    True if it is to watch, and an entry is larger than its row's scale or no number.
+    """
+    (lo, hi, first, last), beyond = part(u, long, lo, hi), False
     index, stream, k0, k1 = key
     shift, scales = np.zeros(WIDE if strata > 1 else 1, np.int32), r.view(np.uint32)
     pad, sent, ties, row = np.zeros(256, np.float32), np.zeros(32, np.uint8), np.zeros(8, np.uint32), u[first]
@@ -150,10 +154,13 @@ def _encode_bits(u, r, out, start, slots, key, tie, strata, place, given, shared
             fill_below(shift[: (count + 63) // 64 * 64], at // 64, shared, strata)
         for i in range(first, last):
             private = (np.uint64(slots[i]), index, stream, k0, k1)
+            if watch:
+                beyond |= not top_of(u[i, at : at + count]) <= r[i]
             if start and at == 0:
                 put_four(out[i], 0, scales[i])
             sends = out[i, start + at // 8 : start + (at + count + 7) // 8]
             _row(u[i, at : at + count], r[i], strata, place[i], shift, at, private, tie, sends, pad, sent)
+    return beyond
 
 
 def encode_bits(
@@ -166,6 +173,26 @@ def encode_bits(
     shifts: Tensor | Draw | None,
     head: bool = False,
 ) -> Tensor:
+    return _encoded(u, r, private, tie, strata, place, shifts, head, watch=False)[0]
+
+
+def encode_within(
+    u: Tensor, r: Tensor, private: Draw, tie: Draw, strata: int, place: Tensor | Draw, shifts: Tensor | Draw | None
+) -> tuple[Tensor, bool]:
+    return _encoded(u, r, private, tie, strata, place, shifts, head=False, watch=True)
+
+
+def _encoded(
+    u: Tensor,
+    r: Tensor,
+    private: Draw,
+    tie: Draw,
+    strata: int,
+    place: Tensor | Draw,
+    shifts: Tensor | Draw | None,
+    head: bool,
+    watch: bool,
+) -> tuple[Tensor, bool]:
     (m, d), start, slots = u.shape, 4 if head else 0, private.slots.numpy()
     out = ready((m, start + (d + 7) // 8), np.uint8)
     given, shared = NO_SHIFTS, NO_DRAW
@@ -175,22 +202,24 @@ def encode_bits(
         given = np.zeros(d, np.int32) if shifts is None else shifts.numpy().reshape(-1)
     args = (
         u.numpy(), r.numpy(), out, start, slots, key(private), unsigned(tie.stream), strata,
-        place_row(place, strata, slots) if isinstance(place, Draw) else place.numpy(), given, shared,
+        place_row(place, strata, slots) if isinstance(place, Draw) else place.numpy(), given, shared, watch,
     )  # fmt: skip
-    share(_encode_bits, args, m, d)
-    return torch.from_numpy(out)
+    beyond = share(_encode_bits, args, m, d)
+    return torch.from_numpy(out), not beyond
 
 
 NO_SHIFTS = np.zeros(0, np.int32)
 NO_DRAW = (np.uint64(0),) * 5
 
 
-def share(kernel: Any, args: tuple[Any, ...], m: int, d: int) -> None:
-    """kernel(*args, long, lo, hi) for parts of m rows of d coordinates: tiles of rows that are `long`, else rows."""
+def share(kernel: Any, args: tuple[Any, ...], m: int, d: int) -> bool:
+    """kernel(*args, long, lo, hi) for parts of m rows of d coordinates: tiles of rows that are `long`, else rows.
+
+    Whether one of the parts returns True.
+    """
     if d < 2 * LEAST:
-        spread(kernel, (*args, False), m, least=LEAST // d)
-    else:
-        spread(kernel, (*args, True), d, TILE)
+        return spread(kernel, (*args, False), m, least=LEAST // d)
+    return spread(kernel, (*args, True), d, TILE)
 
 
 @njit(cache=True, nogil=True)

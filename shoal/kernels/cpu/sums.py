@@ -89,6 +89,12 @@ def _top(block):
     return top
 
 
+@njit(inline="always")
+def top_of(x):
+    """The largest magnitude; NaN if there is one."""
+    return np.uint32(_top(x.view(np.uint32))).view(np.float32)
+
+
 @njit(cache=True, nogil=True)
 def _maxes(u, blocks, out, lo, hi):
     bits, largest = u.view(np.uint32), out.view(np.uint32)

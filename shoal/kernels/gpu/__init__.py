@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shoal.kernels import reference
-from shoal.kernels.gpu.bits import decode_bits, encode_bits, mean_bits, read_scales, sign_bits
+from shoal.kernels.gpu.bits import decode_bits, encode_bits, encode_within, mean_bits, read_scales, sign_bits
 from shoal.kernels.gpu.dealt import dealt_lengths, gather_dealt, mean_dealt, scatter_dealt
 from shoal.kernels.gpu.hosted import hosted
 from shoal.kernels.gpu.levels import decode_levels, decode_trits, encode_levels, encode_trits, mean_levels, mean_trits

@@ -109,6 +109,12 @@ def encode_bits(
     return out
 
 
+def encode_within(
+    u: Tensor, r: Tensor, private: Draw, tie: Draw, strata: int, place: Tensor | Draw, shifts: Tensor | Draw | None
+) -> tuple[Tensor, bool]:
+    return encode_bits(u, r, private, tie, strata, place, shifts), bool((u.abs() <= r[:, None]).all())
+
+
 def read_scales(payload: Tensor, gain: float) -> tuple[Tensor, bool]:
     r = payload[:, :4].clone(memory_format=torch.contiguous_format).view(torch.float32)[:, 0]
     good = (r >= 0) & (r.double() * gain <= torch.finfo(torch.float32).max)

@@ -5,7 +5,7 @@ end in a message or in an iterate are summed in float64 in a fixed order, so tha
 beside it, on the chunking or on the number of threads.
 """
 
-from shoal.kernels.reference.bits import decode_bits, encode_bits, mean_bits, read_scales, sign_bits
+from shoal.kernels.reference.bits import decode_bits, encode_bits, encode_within, mean_bits, read_scales, sign_bits
 from shoal.kernels.reference.codes import pack, pack_trits, unpack, unpack_trits
 from shoal.kernels.reference.dealt import dealt_lengths, gather_dealt, mean_dealt, scatter_dealt
 from shoal.kernels.reference.entropy import decode_entropy, encode_entropy
@@ -81,6 +81,7 @@ __all__ = [
     "encode_topk",
     "encode_trits",
     "encode_turned",
+    "encode_within",
     "fold_codes",
     "gather",
     "gather_dealt",

@@ -64,6 +64,15 @@ def encode_bits(
     return torch.from_numpy(np.hstack([scale, code]) if head else code)
 
 
+def encode_within(
+    u: Tensor, r: Tensor, private: Draw, tie: Draw, strata: int, place: Tensor | Draw, shifts: Tensor | Draw | None
+) -> tuple[Tensor, bool]:
+    """`encode_bits`, and whether every |u_ij| <= r_i: of a NaN it is not. If not, the bits stand for nothing."""
+    within = u.abs() <= r[:, None]
+    kept = torch.where(within, u, torch.zeros_like(u))
+    return encode_bits(kept, r, private, tie, strata, place, shifts), bool(within.all())
+
+
 def _signs(payload: Tensor, d: int) -> np.ndarray:
     return 2.0 * np.unpackbits(payload.numpy(), axis=1, count=d, bitorder="little") - 1.0
 
