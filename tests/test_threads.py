@@ -136,6 +136,23 @@ def test_rows_that_come_from_memory():
         assert torch.equal(cpu.gather_dealt(*args), reference.gather_dealt(*args))
 
 
+@pytest.mark.parametrize(("m", "d"), [(1, FAR + 777), (3, FAR // 2 + 1)])
+def test_what_is_written_past_the_caches(m, d, three_threads):
+    """Decoded rows have the reference's bits whether they begin with a line of the cache (the second of three does
+    not), and a code that stands for nothing is found wherever it is."""
+    rng = np.random.default_rng(d)
+    codes, r = torch.from_numpy(rng.integers(0, 15, (m, d))), torch.from_numpy(rng.uniform(0, 2, m).astype(np.float32))
+    signs, packed = cpu.pack(codes % 2, 1), cpu.pack(codes, 4)
+    assert torch.equal(cpu.decode_bits(signs, r, d), reference.decode_bits(signs, r, d))
+    values, beyond = cpu.decode_levels(packed, r, 15, d)
+    assert not beyond
+    assert torch.equal(values, reference.decode_levels(packed, r, 15, d)[0])
+    for j in (0, d // 2, d - 1):
+        spoiled = codes.clone()
+        spoiled[-1, j] = 15
+        assert cpu.decode_levels(cpu.pack(spoiled, 4), r, 15, d)[1]
+
+
 def test_ranges_cover_everything_once(three_threads):
     for size in (1, 99, 100, 1000, 1001, 1023, 1024, 3000):
         seen = np.zeros((2, size), np.int64)

@@ -20,6 +20,7 @@ from shoal.kernels.cpu.lanes import (
     count_1,
     count_8,
     count_512,
+    far_signs_64,
     named_512,
     signs_64,
     strata_256,
@@ -38,7 +39,7 @@ from shoal.kernels.cpu.philox import (
 )
 from shoal.kernels.cpu.sums import top_of
 from shoal.kernels.cpu.threads import LEAST, spread
-from shoal.kernels.cpu.vectors import claim, expect
+from shoal.kernels.cpu.vectors import beyond_caches, claim, expect, fence
 from shoal.kernels.draw import Draw
 from shoal.kernels.reference.bits import LIFT, TINY
 from shoal.kernels.reference.philox import FEW_STRATA
@@ -248,10 +249,15 @@ def _decode_bits(payload, r, out, long, lo, hi):
     for i in range(first, last):
         row, values = payload[i], out[i]
         whole = lo + (hi - lo) // 64 * 64
-        for j in range(lo, whole, 64):
-            signs_64(row, j // 8, r[i], values, j)
+        if beyond_caches(out, values):
+            for j in range(lo, whole, 64):
+                far_signs_64(row, j // 8, r[i], values, j)
+        else:
+            for j in range(lo, whole, 64):
+                signs_64(row, j // 8, r[i], values, j)
         for j in range(whole, hi):
             values[j] = r[i] if (row[j >> 3] >> (j & 7)) & 1 else -r[i]
+    fence()
 
 
 def decode_bits(payload: Tensor, r: Tensor, d: int) -> Tensor:

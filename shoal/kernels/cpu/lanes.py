@@ -53,6 +53,12 @@ def _store(b, value, pointer, offset=0):
     b.store(value, place, align=1)
 
 
+def _stream(b, value, pointer, offset=0):
+    """To a whole line of the cache, past the caches."""
+    place = b.bitcast(b.gep(pointer, [_I64(offset)]), value.type.as_pointer())
+    b.store(value, place, align=64).set_metadata("nontemporal", b.module.add_metadata([_I32(1)]))
+
+
 # ------------------------------------------------------------------------------------------------ random words
 def _upper(b, v):
     """The upper half of every 64-bit lane, in both halves: on some processors a shuffle has more ports than a shift."""
@@ -294,19 +300,28 @@ MOST_STRATA = 1 << 14  # thresholds are at most 2^16 strata in magnitude, and 32
 
 
 # ------------------------------------------------------------------------------------------------ bits to numbers
-@intrinsic
-def signs_64(_, payload, byte, r, out, at):
-    """out[at:at+64] float32 = r where a bit of payload[byte:byte+8] is set, -r where not."""
-
+def _signs(payload, out, store):
     def build(context, b, signature, args):
         bits = _at(context, b, signature.args[0], args[0], args[1])
         place = _at(context, b, signature.args[3], args[3], args[4])
         plus, minus = _splat(b, args[2], 16), _splat(b, b.fneg(args[2]), 16)
         for k in range(4):
-            _store(b, b.select(_load(b, bits, _vector(_I1, 16), 2 * k), plus, minus), place, 16 * k)
+            store(b, b.select(_load(b, bits, _vector(_I1, 16), 2 * k), plus, minus), place, 16 * k)
         return context.get_dummy_value()
 
     return types.void(payload, types.int64, types.float32, out, types.int64), build
+
+
+@intrinsic
+def signs_64(_, payload, byte, r, out, at):
+    """out[at:at+64] float32 = r where a bit of payload[byte:byte+8] is set, -r where not."""
+    return _signs(payload, out, _store)
+
+
+@intrinsic
+def far_signs_64(_, payload, byte, r, out, at):
+    """The same past the caches, where out[at] begins a line."""
+    return _signs(payload, out, _stream)
 
 
 @intrinsic

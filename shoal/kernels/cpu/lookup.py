@@ -34,6 +34,12 @@ def _store(b: Any, value: Any, pointer: Any) -> None:
     b.store(value, b.bitcast(pointer, value.type.as_pointer()), align=1)
 
 
+def _stream(b: Any, value: Any, pointer: Any) -> None:
+    """To a whole line of the cache, past the caches."""
+    place = b.bitcast(pointer, value.type.as_pointer())
+    b.store(value, place, align=64).set_metadata("nontemporal", b.module.add_metadata([_I32(1)]))
+
+
 def _splat(b: Any, value: Any, n: int) -> Any:
     kind = ir.VectorType(value.type, n)
     empty = ir.Constant(kind, ir.Undefined)
@@ -68,19 +74,30 @@ def _permuted(context: Any, b: Any, table: Any, index: Any) -> Any:
     return out
 
 
-@intrinsic
-def look_up(typing, source, at, table, row, bits, out, to):
-    """out[to : to + 16] = table[row, codes], table (m, 16) float32; reads 8 bytes of `source` from `at` on."""
-
+def _looked_up(source, table, out, store):
     def emit(context, b, signature, args):
         kinds = signature.args
         word = _load(b, _at(context, b, kinds[0], args[0], args[1]), _I64)
         index = _joined(b, *(b.trunc(v, ir.VectorType(_I32, 8)) for v in _codes(b, word, args[4])))
         entries = _at(context, b, kinds[2], args[2], b.mul(args[3], _I64(16)))
-        _store(b, _permuted(context, b, entries, index), _at(context, b, kinds[5], args[5], args[6]))
-        return context.get_dummy_value()
+        found = _permuted(context, b, entries, index)
+        store(b, found, _at(context, b, kinds[5], args[5], args[6]))
+        return b.icmp_unsigned("!=", b.bitcast(b.fcmp_unordered("uno", found, found), _I16), _I16(0))
 
-    return types.void(source, types.int64, table, types.int64, types.int64, out, types.int64), emit
+    return types.boolean(source, types.int64, table, types.int64, types.int64, out, types.int64), emit
+
+
+@intrinsic
+def look_up(typing, source, at, table, row, bits, out, to):
+    """out[to : to + 16] = table[row, codes], table (m, 16) float32; reads 8 bytes of `source` from `at` on. Whether one
+    is a NaN."""
+    return _looked_up(source, table, out, _store)
+
+
+@intrinsic
+def far_look_up(typing, source, at, table, row, bits, out, to):
+    """The same past the caches, where out[to] begins a line."""
+    return _looked_up(source, table, out, _stream)
 
 
 def _summed(rows):

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from shoal.kernels.cpu.buffers import ready
 from shoal.kernels.cpu.codes import ROOM, SPAN, TRITS, bytes_of, digits_tile, room, unpack_tile
-from shoal.kernels.cpu.lookup import add_four, add_one, look_up
+from shoal.kernels.cpu.lookup import add_four, add_one, far_look_up, look_up
 from shoal.kernels.cpu.threads import LEAST, spread
+from shoal.kernels.cpu.vectors import beyond_caches, fence
 
 SMALL = 4  # bits of the widest codes that are looked up sixteen at a time
 
@@ -74,14 +75,19 @@ def _decode(flat, stride, scales, values, out, bits, levels, low, high):
             source, start = digits, 0
             bad |= count % 5 > 0 and _excess(digits, count)
         groups, tile = _sixteens(source, start, count, width), out[i, first : first + count]
-        for k in range(groups):
-            look_up(source, start + 2 * width * k, values, i, width, tile, 16 * k)
+        if beyond_caches(out, out[i]):
+            for k in range(groups):
+                bad |= far_look_up(source, start + 2 * width * k, values, i, width, tile, 16 * k)
+        else:
+            for k in range(groups):
+                bad |= look_up(source, start + 2 * width * k, values, i, width, tile, 16 * k)
         rest = tile[16 * groups :]
         if rest.size:
             at = start + 2 * width * groups
             row = source[at : at + room(rest.size, width)]
             _numbers(row, code, buffer, width, np.float64(scales[i]), values[i], levels, rest)
-        bad |= _any_nan(tile)
+            bad |= _any_nan(rest)
+    fence()
     return bad
 
 

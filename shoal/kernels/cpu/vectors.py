@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 _F32, _F64, _I16, _I32, _I64 = ir.FloatType(), ir.DoubleType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _WIDE = ir.VectorType(_F32, 16)
-FAR = 1 << 22  # coordinates from which on rows come from memory: there it pays to `expect` them
+FAR = 1 << 22  # coordinates from which on rows come from memory, and go there: it pays to `expect` them
 
 
 def _at(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
@@ -86,6 +86,24 @@ def claim(typing, array, at):
         return context.get_dummy_value()
 
     return types.void(array, types.int64), emit
+
+
+@intrinsic
+def fence(typing):
+    """What was written before this, past the caches too, is seen by whoever sees what is written after it."""
+
+    def emit(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
+@njit(inline="always")
+def beyond_caches(out, row):
+    """Whether the row's lines are to be written past the caches: the results are too many to be found there later, and
+    the row begins with a whole line. A line that is in no cache is else read before it is written."""
+    return out.size >= FAR and row.ctypes.data % 64 == 0
 
 
 def _within(context: Any, builder: Any, x: Any) -> Any:
