@@ -39,7 +39,7 @@ from shoal.kernels.cpu.philox import (
 )
 from shoal.kernels.cpu.sums import top_of
 from shoal.kernels.cpu.threads import LEAST, spread
-from shoal.kernels.cpu.vectors import beyond_caches, claim, expect, fence
+from shoal.kernels.cpu.vectors import beyond_caches, expect, fence
 from shoal.kernels.draw import Draw
 from shoal.kernels.reference.bits import LIFT, TINY
 from shoal.kernels.reference.philox import FEW_STRATA
@@ -48,7 +48,6 @@ V = np.float32(2.0**-24)
 WIDE = 4 * TILE  # coordinates that share a pass of shifts: 16 KiB, and a row's turn costs as much as some hundred bits
 MANY = 1 << 19  # coordinates from which on rows are foreseen: a third less time where they come from memory
 AHEAD = 512  # bytes of a row that are on their way while 64 are counted: of so many rows, none is foreseen
-SOON = 1024  # floats: so far ahead of the mean are its lines claimed; a tenth less time
 MOST = float(np.finfo(np.float32).max)
 _MAGIC, _TOP = np.uint64(0x0102040810204080), np.uint64(56)
 
@@ -312,9 +311,6 @@ def _few_bits(payload, r, cohort, out, lo, hi):
             named_512(planes, table, room, 0)
             copy(room[:count], out[at:])
         else:
-            if out.size >= MANY:
-                for j in range(at + SOON, at + SOON + 512, 64):
-                    claim(out, j)
             named_512(planes, table, out, at)
 
 

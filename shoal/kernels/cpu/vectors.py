@@ -53,36 +53,15 @@ def move(typing, source, target, at, count):
     return types.void(source, target, types.int64, types.int64), emit
 
 
-def _prefetch(context: Any, builder: Any, kind: Any, array: Any, index: Any, write: bool) -> None:
-    place = builder.bitcast(_at(context, builder, kind, array, index), ir.IntType(8).as_pointer())
-    signature = ir.FunctionType(ir.VoidType(), [place.type, *[_I32] * 3])
-    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
-    builder.call(function, [place, _I32(int(write)), _I32(3), _I32(1)])  # soon and often, as data
-
-
 @intrinsic
 def expect(typing, array, at):
     """Begin to bring array[at] into the first-level cache. Beyond the array's end, nothing happens."""
 
     def emit(context, builder, signature, args):
-        _prefetch(context, builder, signature.args[0], *args, write=False)
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64), emit
-
-
-@intrinsic
-def claim(typing, array, at):
-    """Begin to bring four lines of the cache, array[at : at + 64] of floats, here to be written.
-
-    A line that is not in the cache is read before it is written, and the processor begins with that no earlier than
-    the writing does, unless told. Beyond the array's end, nothing happens.
-    """
-
-    def emit(context, builder, signature, args):
-        for line in range(4):
-            at = builder.add(args[1], ir.Constant(_I64, 16 * line))
-            _prefetch(context, builder, signature.args[0], args[0], at, write=True)
+        place = builder.bitcast(_at(context, builder, signature.args[0], *args), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [place.type, *[_I32] * 3])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [place, _I32(0), _I32(3), _I32(1)])  # to be read, soon and often, as data
         return context.get_dummy_value()
 
     return types.void(array, types.int64), emit
