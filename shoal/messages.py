@@ -1,7 +1,7 @@
 """The round, the rows and the messages: what goes into a compressor and what comes out of it.
 
 A round says whose rows and holds every random number; a message is bytes, which are what travels and what is counted.
-The checks stand here too: `checked_rows` in front of every `encode`, `Messages.checked` in front of every `decode`.
+The checks stand here too: `checked_rows` or parts of it in every `encode`, `Messages.checked` in every `decode`.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def topped_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 1.
 
 
 def checked_rows(u: Rows, rnd: Round, gain: Callable[[int], float] = lambda d: 1.0) -> Rows:
-    """u itself (contiguous, detached), if it can be compressed: the first line of every `encode`.
+    """u itself (contiguous, detached), if it can be compressed: the first line of most `encode`s.
 
     Raises ConfigError for a wrong shape, dtype or device, NonFiniteError for a NaN, an infinity, or a finite value that
     overflows float32 once multiplied by `gain(d)`. Names the client.

@@ -3,7 +3,7 @@
 Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11) with the 64-bit seed
 as its key and the counter (c, slot, round, crc32 of the stream's name). Nothing is drawn in advance and nothing is
 saved: drop a client, reorder rows, replay round 731 alone, and the bits are the same. The layout of coordinates over
-counters is in `shoal.kernels.reference.words` and `.halves`; LAYOUT numbers it, and frames carry that number.
+counters is in `shoal.kernels.reference.words`, `.halves` and `.shifts`; LAYOUT numbers it, and frames carry it.
 """
 
 from __future__ import annotations

@@ -111,6 +111,16 @@ def test_composed_names_the_client_whose_rounding_overflows():
         Composed(PermK(), Independent()).encode(u, Round.full(0, 0, 2))
 
 
+def test_composed_reads_its_own_message_where_entries_are_large(monkeypatch):
+    """Only there can rounding overflow: no compressor makes 2^64 times as much of an entry."""
+    read, decode = [], QSGD.decode
+    monkeypatch.setattr(QSGD, "decode", lambda self, msgs, rnd: (read.append(msgs), decode(self, msgs, rnd))[1])
+    for size, times in ((1.0, 0), (2.0**60, 0), (2.0**64, 1), (1e30, 1)):
+        read.clear()
+        Composed(PermK(), QSGD(3)).encode(torch.full((2, 8), size), Round.full(0, 0, 2))
+        assert len(read) == times
+
+
 # ------------------------------------------------------------------------------------------------ scaled
 @pytest.mark.parametrize("inner", [RandK(2), Independent(), QSGD(2), Composed(RandK(3), Independent())], ids=repr)
 def test_alpha_of_scaled(inner):

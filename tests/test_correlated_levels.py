@@ -254,6 +254,23 @@ def test_impossible_levels_and_blocks():
         Correlated("full")
 
 
+@pytest.mark.parametrize("code", [Correlated(), Correlated(levels=4), Correlated(blocks=2)], ids=str)
+def test_a_scale_that_is_none_is_refused(code):
+    """Just below an entry, or not agreed on; and a row that is no number is named before that is said."""
+    u, rnd = torch.tensor([[1.0, -3.0, 2.0], [0.5, 1.0, 0.0]]), Round.full(0, 0, 2)
+    code.encode(u, replace(rnd, agreed=3.0))
+    with pytest.raises(ConfigError, match="smaller than an entry"):
+        code.encode(u, replace(rnd, agreed=float(np.nextafter(np.float32(3), np.float32(0)))))
+    for agreed, error in ((None, ConfigError), (float("nan"), PayloadError), (-1.0, PayloadError)):
+        with pytest.raises(error, match="agreed"):
+            code.encode(u, replace(rnd, agreed=agreed))
+        u[1, 2] = float("nan")
+        with pytest.raises(NonFiniteError) as caught:
+            code.encode(u, replace(rnd, agreed=agreed))
+        assert caught.value.clients == (1,)
+        u[1, 2] = 0.0
+
+
 def test_the_usual_repr_is_what_it_was():
     """Stored runs name their compressor: what is not used does not show."""
     assert repr(Correlated()) == "Correlated(scale='shared', numerical=False)"

@@ -262,10 +262,10 @@ DRAWS = {
     "Student, 3": lambda draw, shape: draw.standard_t(3, size=shape),
 }
 SAVED = {  # docs/derivations/slices.md: bits a sum, and their entropy
-    (2, "Gaussian"): (0.739, 0.728), (2, "Laplace"): (0.432, 0.391), (2, "Student, 3"): (0.224, 0.053),
-    (4, "Gaussian"): (1.183, 1.153), (4, "Laplace"): (0.714, 0.678), (4, "Student, 3"): (0.369, 0.099),
-    (8, "Gaussian"): (1.500, 1.474), (8, "Laplace"): (1.014, 0.978), (8, "Student, 3"): (0.578, 0.242),
-    (16, "Gaussian"): (2.003, 1.971), (16, "Laplace"): (1.494, 1.450), (16, "Student, 3"): (0.578, 0.231),
+    (2, "Gaussian"): (0.738, 0.727), (2, "Laplace"): (0.432, 0.390), (2, "Student, 3"): (0.225, 0.054),
+    (4, "Gaussian"): (1.182, 1.151), (4, "Laplace"): (0.715, 0.679), (4, "Student, 3"): (0.369, 0.099),
+    (8, "Gaussian"): (1.498, 1.470), (8, "Laplace"): (1.016, 0.980), (8, "Student, 3"): (0.579, 0.244),
+    (16, "Gaussian"): (2.008, 1.975), (16, "Laplace"): (1.492, 1.448), (16, "Student, 3"): (0.580, 0.233),
 }  # fmt: skip
 
 

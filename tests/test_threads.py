@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from numba import njit
 from torch import Tensor
 
 from shoal import kernels
-from shoal.compressors import Independent
+from shoal.compressors import Correlated, Independent
+from shoal.errors import ConfigError, NonFiniteError
 from shoal.kernels import Draw, cpu, reference
 from shoal.kernels.cpu import bits, threads
 from shoal.kernels.cpu.threads import LEAST, PIECES, spread
@@ -46,7 +48,8 @@ def outputs(ops: object, m: int, d: int) -> dict[str, Tensor]:
     code = ops.encode_bits(u, r, private, tie, 1, place, None, head=True)
     out = {"norms": r, "maxes": top, "code": code, "mean_abs": ops.mean_abs(u), "dots": ops.dots(u, u.flip(1))}
     out["square_norm"] = torch.tensor([ops.square_norm(u[0].double())], dtype=torch.float64)
-    out["strata"] = ops.encode_bits(u, top, private, tie, 5, place, shared)
+    out["strata"], within = ops.encode_within(u, top, private, tie, 5, place, shared)
+    assert within
     out["decoded"] = ops.decode_bits(code[:, 4:], r, d)
     out["mean"] = ops.mean_bits(code[:, 4:], r, d, m + 1)
     out["mean of one scale"] = ops.mean_bits(out["strata"], r[:1].expand(m).contiguous(), d, 3)
@@ -134,6 +137,21 @@ def test_rows_that_come_from_memory():
     for parts in (16, 1000):
         args = (u, Draw(torch.tensor([9]), 7, 1, 5), torch.tensor([3]), parts, -(-d // parts))
         assert torch.equal(cpu.gather_dealt(*args), reference.gather_dealt(*args))
+
+
+@pytest.mark.parametrize("spoiled", [float("nan"), float("-inf"), 1.5])
+@pytest.mark.parametrize("shape", [(2, D), (5000, 55)], ids=str)
+def test_what_a_shared_scale_does_not_hold_is_found_in_every_piece(shape, spoiled, three_threads):
+    """A NaN, an infinity or an entry above the scale, in the last row, or in the last but one of many."""
+    rnd, u = replace(Round.full(0, 0, shape[0]), agreed=1.0), torch.ones(shape)
+    assert Correlated().encode(u, rnd).payload.shape == (shape[0], -(-shape[1] // 8))
+    for i, j in ((shape[0] - 1, 0), (shape[0] - 2, shape[1] // 2), (shape[0] - 1, shape[1] - 1)):
+        u[i, j] = spoiled
+        with pytest.raises(ConfigError if spoiled == 1.5 else NonFiniteError) as caught:
+            Correlated().encode(u, rnd)
+        if spoiled != 1.5:
+            assert caught.value.clients == (i,)
+        u[i, j] = 1.0
 
 
 @pytest.mark.parametrize(("m", "d"), [(1, FAR + 777), (3, FAR // 2 + 1)])

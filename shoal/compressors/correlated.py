@@ -243,11 +243,8 @@ class Correlated(Compressor):
         return lambda d: n / (n // min(n, self.blocks))  # of a client of the smallest group
 
     def encode(self, u: Rows, rnd: Round) -> Messages:
-        if self.agrees and self.levels == 2 and self.blocks == 1:  # looked at and rounded in one pass
-            u, agreed = shaped_rows(u, rnd), self._agreed(rnd, u.shape[0])
-            code, within = kernels.of(u).encode_within(u, agreed, *self._draws(rnd, rnd.cohort, _order(rnd)))
-            if within:
-                return Messages.of(code, rnd, u.shape[1])
+        if self.levels == 2 and self.blocks == 1 and self._has_agreed(rnd):
+            return self._looked_at_and_rounded(u, rnd)
         u, r = self._scaled(u, rnd)
         d = u.shape[1]
         self.check(rnd.cohort, d)
@@ -269,13 +266,22 @@ class Correlated(Compressor):
             payload = torch.zeros(0, wide, dtype=torch.uint8, device=u.device)
         return Messages.of(payload, rnd, d, nbytes)
 
+    def _looked_at_and_rounded(self, u: Rows, rnd: Round) -> Messages:
+        """One bit with a shared scale, in one pass over the rows."""
+        u, r = shaped_rows(u, rnd), self._agreed(rnd, u.shape[0])
+        code, within = kernels.of(u).encode_within(u, r, *self._draws(rnd, rnd.cohort, _order(rnd)))
+        if not within:
+            topped_rows(u, rnd, self._gain(rnd.cohort))  # what is no number is named
+            raise _too_small(r)
+        return Messages.of(code, rnd, u.shape[1])
+
     def _scaled(self, u: Rows, rnd: Round) -> tuple[Rows, Tensor | None]:
         """u, checked, and (m,) scales; None where they are those of a block."""
         gain = self._gain(rnd.cohort)
         if self.agrees:
             (u, top), r = topped_rows(u, rnd, gain), self._agreed(rnd, u.shape[0])
             if top > largest(r):
-                raise ConfigError(f"the agreed scale {float(r[0]):g} is smaller than an entry; agree on max |u_ij|.")
+                raise _too_small(r)
             return u, r
         if self.blocks == 1:
             return normed_rows(u, rnd) if self.scale == "own" else measured_rows(u, rnd)
@@ -325,13 +331,17 @@ class Correlated(Compressor):
             tally=tally,
         )  # fmt: skip
 
+    def _has_agreed(self, rnd: Round) -> bool:
+        """Whether there is a scale that all clients agreed on, and can be one."""
+        return self.agrees and rnd.agreed is not None and 0.0 <= rnd.agreed * self._gain(rnd.cohort)(0) <= FLOAT_MAX
+
     def _agreed(self, rnd: Round, m: int) -> Tensor:
         if rnd.agreed is None:
             raise ConfigError(
                 "Correlated(scale='shared') needs the scale that all clients agreed on: pass "
                 "replace(rnd, agreed=float(prepare(u, rnd).max())), or take scale='own'."
             )
-        if not 0.0 <= rnd.agreed * self._gain(rnd.cohort)(0) <= FLOAT_MAX:
+        if not self._has_agreed(rnd):
             raise PayloadError(f"the agreed scale {rnd.agreed!r} is not a finite number >= 0.")
         return torch.full((m,), rnd.agreed, device=rnd.slots.device)
 
@@ -378,6 +388,10 @@ class Correlated(Compressor):
                 values = torch.zeros(len(payload), wide, device=payload.device)
             values[rows, :length] = read
         return torch.zeros(0, wide, device=payload.device) if values is None else values, part
+
+
+def _too_small(r: Tensor) -> ConfigError:
+    return ConfigError(f"the agreed scale {float(r[0]):g} is smaller than an entry; agree on max |u_ij|.")
 
 
 def _order(rnd: Round) -> Draw:

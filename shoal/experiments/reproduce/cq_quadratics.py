@@ -98,7 +98,8 @@ def _judge_zero(rows: Rows, quick: bool) -> Outcome:
             "Does CQ need fewer bits than PermK with L± = 0?", "open question",
             "CQ / PermK = " + "; ".join(f"n = {n}: {perms[n]}" for n in sizes), "answered",
             "PermK's message is max(1/n, 1/d) of a dense one and has no error for n <= d, and little above; CQ's is "
-            "1/32, and a scale: PermK is ahead up to about n = d = 32, where its message is shortest, CQ beyond",
+            "1/32, and a scale: PermK is ahead up to about n = d = 32, where its message is shortest; with many more "
+            "clients CQ is",
         ),
     )  # fmt: skip
     return Outcome(findings, (Listing("Thousand bits a client to the target", header, tuple(listing)),))

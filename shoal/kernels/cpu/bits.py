@@ -138,6 +138,8 @@ def _encode_bits(u, r, out, start, slots, key, tie, strata, place, given, shared
     True if it is to watch, and an entry is larger than its row's scale or no number.
     """
     (lo, hi, first, last), beyond = part(u, long, lo, hi), False
+    if first == last:
+        return False
     index, stream, k0, k1 = key
     shift, scales = np.zeros(WIDE if strata > 1 else 1, np.int32), r.view(np.uint32)
     pad, sent, ties, row = np.zeros(256, np.float32), np.zeros(32, np.uint8), np.zeros(8, np.uint32), u[first]
