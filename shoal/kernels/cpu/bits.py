@@ -185,16 +185,9 @@ def encode_within(
 
 
 def _encoded(
-    u: Tensor,
-    r: Tensor,
-    private: Draw,
-    tie: Draw,
-    strata: int,
-    place: Tensor | Draw,
-    shifts: Tensor | Draw | None,
-    head: bool,
-    watch: bool,
-) -> tuple[Tensor, bool]:
+    u: Tensor, r: Tensor, private: Draw, tie: Draw, strata: int, place: Tensor | Draw, shifts: Tensor | Draw | None,
+    head: bool, watch: bool,
+) -> tuple[Tensor, bool]:  # fmt: skip
     (m, d), start, slots = u.shape, 4 if head else 0, private.slots.numpy()
     out = ready((m, start + (d + 7) // 8), np.uint8)
     given, shared = NO_SHIFTS, NO_DRAW

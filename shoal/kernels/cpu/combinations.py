@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from shoal.kernels.cpu.lanes import _at, _load, _part, _splat, _store
+from shoal.kernels.cpu.registers import address, load, part, splat, store
 
 BLOCK, AHEAD = 16, 2  # columns that are transposed at once; so many blocks ahead their place is announced
 
@@ -29,7 +29,7 @@ def padded(r: int) -> int:
 def _wide(context, b, kind, pointer, count):
     """`count` numbers of this type from the pointer on, as float64; a number alone where count is None."""
     element = context.get_value_type(kind)
-    value = _load(b, pointer, element if count is None else ir.VectorType(element, count))
+    value = load(b, pointer, element if count is None else ir.VectorType(element, count))
     if element == _F64:
         return value
     return b.fpext(value, _F64 if count is None else ir.VectorType(_F64, count))
@@ -40,19 +40,19 @@ def _gathered(context, b, kinds, args, width, count):
     (values, index, lo, hi, table), and the table has `width` columns."""
     sums = [cgutils.alloca_once_value(b, _zeros(width)) for _ in range(count)]
     at = cgutils.alloca_once_value(b, args[2])
-    start = _at(context, b, kinds[4], args[4], _I64(0))
+    start = address(context, b, kinds[4], args[4], _I64(0))
     head, body, end = (b.append_basic_block(name) for name in ("head", "body", "end"))
     b.branch(head)
     b.position_at_end(head)
     k = b.load(at)
     b.cbranch(b.icmp_signed("<", k, args[3]), body, end)
     b.position_at_end(body)
-    place = b.zext(b.load(_at(context, b, kinds[1], args[1], k)), _I64)
+    place = b.zext(b.load(address(context, b, kinds[1], args[1], k)), _I64)
     term = _wide(context, b, kinds[4].dtype, b.gep(start, [b.mul(place, _I64(width))]), width)
-    first = _at(context, b, kinds[0], args[0], b.mul(k, _I64(count)))
+    first = address(context, b, kinds[0], args[0], b.mul(k, _I64(count)))
     for q, total in enumerate(sums):
         value = _wide(context, b, kinds[0].dtype, b.gep(first, [_I64(q)]), None)
-        b.store(b.fadd(b.load(total), b.fmul(_splat(b, value, width), term)), total)
+        b.store(b.fadd(b.load(total), b.fmul(splat(b, value, width), term)), total)
     # Assembly of no instructions: an end that LLVM cannot foresee. It would unroll the loop, and these are so short
     # that the processor waits at the end of every one whose remainder it did not guess.
     b.store(b.asm(ir.FunctionType(_I64, [_I64]), "", "=r,0", [b.add(k, _I64(1))], False), at)
@@ -63,13 +63,13 @@ def _gathered(context, b, kinds, args, width, count):
 
 def _times(context, b, kinds, args, places, r):
     """For each place the r numbers there times the square args[1]: even terms one after the other, odd ones beside."""
-    start = _at(context, b, kinds[1], args[1], _I64(0))
+    start = address(context, b, kinds[1], args[1], _I64(0))
     sums = [[_zeros(r)] * 2 for _ in places]
     for a in range(r):
         term = _wide(context, b, kinds[1].dtype, b.gep(start, [_I64(a * r)]), r)
         for place, parts in zip(places, sums, strict=True):
             value = _wide(context, b, kinds[0].dtype, b.gep(place, [_I64(a)]), None)
-            parts[a % 2] = b.fadd(parts[a % 2], b.fmul(_splat(b, value, r), term))
+            parts[a % 2] = b.fadd(parts[a % 2], b.fmul(splat(b, value, r), term))
     return [b.fadd(*parts) for parts in sums]
 
 
@@ -84,7 +84,7 @@ def gathered(_, values, index, lo, hi, table, out, unit):
 
     def build(context, b, signature, args):
         (sums,) = _gathered(context, b, signature.args, args, width, 1)
-        _store(b, sums, _at(context, b, signature.args[5], args[5], _I64(0)))
+        store(b, sums, address(context, b, signature.args[5], args[5], _I64(0)))
         return context.get_dummy_value()
 
     return types.void(values, index, types.int64, types.int64, table, out, unit), build
@@ -96,9 +96,9 @@ def gathered_two(_, values, index, lo, hi, table, out, unit):
     width = 2 * len(unit)
 
     def build(context, b, signature, args):
-        place = _at(context, b, signature.args[5], args[5], _I64(0))
+        place = address(context, b, signature.args[5], args[5], _I64(0))
         for q, sums in enumerate(_gathered(context, b, signature.args, args, width, 2)):
-            _store(b, sums, place, width * q)
+            store(b, sums, place, width * q)
         return context.get_dummy_value()
 
     return types.void(values, index, types.int64, types.int64, table, out, unit), build
@@ -111,9 +111,9 @@ def times(_, row, at, square, out, unit):
 
     def build(context, b, signature, args):
         kinds = signature.args
-        place = _at(context, b, kinds[0], args[0], args[1])
+        place = address(context, b, kinds[0], args[0], args[1])
         product = _times(context, b, (kinds[0], kinds[2]), (args[0], args[2]), [place], r)
-        _store(b, *product, _at(context, b, kinds[3], args[3], _I64(0)))
+        store(b, *product, address(context, b, kinds[3], args[3], _I64(0)))
         return context.get_dummy_value()
 
     return types.void(row, types.int64, square, out, unit), build
@@ -125,12 +125,12 @@ def squared(_, row, square, unit):
     r = len(unit)
 
     def build(context, b, signature, args):
-        row, square = (_at(context, b, signature.args[k], args[k], _I64(0)) for k in (0, 1))
+        row, square = (address(context, b, signature.args[k], args[k], _I64(0)) for k in (0, 1))
         kind = ir.VectorType(_F64, r)
-        whole = _load(b, row, kind)
+        whole = load(b, row, kind)
         for a in range(r):
-            product = b.fmul(_splat(b, b.extract_element(whole, _I32(a)), r), whole)
-            _store(b, b.fadd(_load(b, square, kind, a * r), product), square, a * r)
+            product = b.fmul(splat(b, b.extract_element(whole, _I32(a)), r), whole)
+            store(b, b.fadd(load(b, square, kind, a * r), product), square, a * r)
         return context.get_dummy_value()
 
     return types.void(row, square, unit), build
@@ -145,16 +145,16 @@ def columns_two(_, values, index, lo, hi, table, rows, square, factor, shared, o
     def build(context, b, signature, args):
         kinds, half, single = signature.args, ir.VectorType(_F64, r), ir.VectorType(_F32, r)
         sums = _gathered(context, b, kinds, args, 2 * r, 2)
-        scale, more = _splat(b, args[7], r), _at(context, b, kinds[8], args[8], _I64(0))
-        to, beside = _at(context, b, kinds[9], args[9], args[10]), _at(context, b, kinds[11], args[11], _I64(0))
-        place = _at(context, b, kinds[5], args[5], _I64(0))
+        scale, more = splat(b, args[7], r), address(context, b, kinds[8], args[8], _I64(0))
+        to, beside = address(context, b, kinds[9], args[9], args[10]), address(context, b, kinds[11], args[11], _I64(0))
+        place = address(context, b, kinds[5], args[5], _I64(0))
         products = _times(context, b, kinds[5:7], args[5:7], [place, b.gep(place, [_I64(r)])], r)
         for q in range(2):
-            first = b.fmul(scale, b.fsub(products[q], _part(b, sums[q], 0, r)))
-            second = b.fmul(scale, _part(b, sums[q], r, r))
-            first, second = (b.fadd(v, _load(b, more, half, k + 2 * r * q)) for v, k in ((first, 0), (second, r)))
-            _store(b, b.fptrunc(first, single), to, r * q)
-            _store(b, b.fptrunc(second, single), beside, padded(r) * q)
+            first = b.fmul(scale, b.fsub(products[q], part(b, sums[q], 0, r)))
+            second = b.fmul(scale, part(b, sums[q], r, r))
+            first, second = (b.fadd(v, load(b, more, half, k + 2 * r * q)) for v, k in ((first, 0), (second, r)))
+            store(b, b.fptrunc(first, single), to, r * q)
+            store(b, b.fptrunc(second, single), beside, padded(r) * q)
         return context.get_dummy_value()
 
     whole = types.int64
@@ -169,13 +169,13 @@ def turned(_, block, out, at, stride, unit):
 
     def build(context, b, signature, args):
         kind = ir.VectorType(_F32, BLOCK)
-        start = _at(context, b, signature.args[0], args[0], _I64(0))
+        start = address(context, b, signature.args[0], args[0], _I64(0))
         for first in range(0, r, BLOCK):
-            rows = _transposed(b, [_load(b, start, kind, k * padded(r) + first) for k in range(BLOCK)])
+            rows = _transposed(b, [load(b, start, kind, k * padded(r) + first) for k in range(BLOCK)])
             for c in range(first, min(r, first + BLOCK)):
                 place = b.add(args[2], b.mul(args[3], _I64(c)))
-                to = _at(context, b, signature.args[1], args[1], place)
-                _store(b, rows[c - first], to)
+                to = address(context, b, signature.args[1], args[1], place)
+                store(b, rows[c - first], to)
                 _announce(b, b.gep(to, [_I64(AHEAD * BLOCK)]))
         return context.get_dummy_value()
 

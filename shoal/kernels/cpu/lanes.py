@@ -13,183 +13,24 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-_I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-_F32, _F64 = ir.FloatType(), ir.DoubleType()
-_ROUNDS, _MULTIPLIERS, _WEYL = 10, (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
-_DRAW = types.UniTuple(types.uint64, 5)  # slot, round, stream, key low, key high
-
-
-def _vector(element, n):
-    return ir.VectorType(element, n)
-
-
-def _splat(b, value, n):
-    zero = ir.Constant(_vector(value.type, n), ir.Undefined)
-    return b.shuffle_vector(b.insert_element(zero, value, _I32(0)), zero, _vector(_I32, n)([0] * n))
-
-
-def _joined(b, low, high):
-    n = low.type.count
-    return b.shuffle_vector(low, high, _vector(_I32, 2 * n)(list(range(2 * n))))
-
-
-def _part(b, v, first, n):
-    return b.shuffle_vector(v, v, _vector(_I32, n)(list(range(first, first + n))))
-
-
-def _at(context, b, array_type, array, index):
-    """A pointer to array[index]."""
-    return b.gep(context.make_array(array_type)(context, b, array).data, [index])
-
-
-def _load(b, pointer, kind, offset=0):
-    """A value of this kind, `offset` elements of what `pointer` points to further on; aligned or not."""
-    place = b.bitcast(b.gep(pointer, [_I64(offset)]), kind.as_pointer())
-    return b.load(place, align=1)
-
-
-def _store(b, value, pointer, offset=0):
-    place = b.bitcast(b.gep(pointer, [_I64(offset)]), value.type.as_pointer())
-    b.store(value, place, align=1)
-
-
-def _stream(b, value, pointer, offset=0):
-    """To a whole line of the cache, past the caches."""
-    place = b.bitcast(b.gep(pointer, [_I64(offset)]), value.type.as_pointer())
-    b.store(value, place, align=64).set_metadata("nontemporal", b.module.add_metadata([_I32(1)]))
-
-
-# ------------------------------------------------------------------------------------------------ random words
-def _upper(b, v):
-    """The upper half of every 64-bit lane, in both halves: on some processors a shuffle has more ports than a shift."""
-    v32 = b.bitcast(v, _vector(_I32, 16))
-    return b.bitcast(b.shuffle_vector(v32, v32, _vector(_I32, 16)([k | 1 for k in range(16)])), v.type)
-
-
-def _philox(b, counter, draw, blocks):
-    """A list of blocks of 16 counters, words[w][g] (8 x i64) each: word w of counters counter + 8 g + lane, in the low
-    halves; above them stands anything.
-
-    A 64-bit lane a counter: one multiplication gives both halves of Philox's 32 x 32 product. A chain of ten rounds
-    has to wait for each product, so two blocks side by side take little longer than one.
-    """
-    slot, index, stream, k0, k1 = (b.extract_value(draw, i) for i in range(5))
-    lane = _vector(_I64, 8)
-    low = lane([0xFFFFFFFF] * 8)
-    rest, groups = [_splat(b, c, 8) for c in (slot, index, stream)], range(2 * blocks)
-    first = _splat(b, counter, 8)
-    state = [(b.add(first, lane(list(range(8 * g, 8 * g + 8)))), *rest) for g in groups]
-    for _ in range(_ROUNDS):
-        keys = [_splat(b, k, 8) for k in (k0, k1)]
-        for g, (c0, c1, c2, c3) in enumerate(state):
-            p0 = b.mul(b.and_(c0, low), lane([_MULTIPLIERS[0]] * 8))
-            p1 = b.mul(b.and_(c2, low), lane([_MULTIPLIERS[1]] * 8))
-            state[g] = (b.xor(b.xor(_upper(b, p1), c1), keys[0]), p1, b.xor(b.xor(_upper(b, p0), c3), keys[1]), p0)
-        k0, k1 = (b.and_(b.add(k, _I64(w)), _I64(0xFFFFFFFF)) for k, w in zip((k0, k1), _WEYL, strict=True))
-    return [[[state[2 * q][w], state[2 * q + 1][w]] for w in range(4)] for q in range(blocks)]
-
-
-def _narrow(b, pair):
-    """16 x i32: the low halves of two times 8 lanes."""
-    return _joined(b, *(b.trunc(v, _vector(_I32, 8)) for v in pair))
-
-
-def _halves(b, pair):
-    """32 x i16: the low halves of the words of 16 counters, then the high ones."""
-    low, high = (b.bitcast(v, _vector(_I16, 32)) for v in pair)
-    order = [32 * (lane // 8) + 4 * (lane % 8) + half for half in range(2) for lane in range(16)]
-    return b.shuffle_vector(low, high, _vector(_I32, 32)(order))
-
-
-def _drawn(store, *more):
-    """The typing and the building of an intrinsic that stores what `store` makes of each word of 16 counters."""
-
-    def sign(out, blocks):
-        def build(context, b, signature, args):
-            place = _at(context, b, signature.args[0], args[0], args[1])
-            for q, words in enumerate(_philox(b, args[2], args[3], blocks)):
-                for w, pair in enumerate(words):
-                    store(b, pair, place, 4 * q + w, *args[4:])
-            return context.get_dummy_value()
-
-        return types.void(out, types.int64, types.uint64, _DRAW, *more), build
-
-    return sign
-
-
-def _store_words(b, pair, place, k):
-    _store(b, _narrow(b, pair), place, 16 * k)
-
-
-def _store_halves(b, pair, place, k):
-    h = _halves(b, pair)
-    for half in range(2):
-        _store(b, b.zext(_part(b, h, 16 * half, 16), _vector(_I32, 16)), place, 32 * k + 16 * half)
-
-
-def _store_below(b, pair, place, k, n):
-    low = _vector(_I64, 8)([0xFFFFFFFF] * 8)
-    _store(b, _narrow(b, [_upper(b, b.mul(b.and_(v, low), _splat(b, n, 8))) for v in pair]), place, 16 * k)
-
-
-_words, _halved, _below = _drawn(_store_words), _drawn(_store_halves), _drawn(_store_below, types.uint64)
-
-
-@intrinsic
-def words_64(_, out, at, counter, draw):
-    """out[at:at+64] uint32: the words of 16 counters from `counter` on."""
-    return _words(out, 1)
-
-
-@intrinsic
-def words_128(_, out, at, counter, draw):
-    """out[at:at+128] uint32: the words of 32 counters."""
-    return _words(out, 2)
-
-
-@intrinsic
-def halves_128(_, out, at, counter, draw):
-    """out[at:at+128] int32: the 16-bit halves of 16 counters."""
-    return _halved(out, 1)
-
-
-@intrinsic
-def halves_256(_, out, at, counter, draw):
-    """out[at:at+256] int32: the 16-bit halves of 32 counters."""
-    return _halved(out, 2)
-
-
-@intrinsic
-def below_64(_, out, at, counter, draw, n):
-    """out[at:at+64] int32: floor(word n / 2^32) of 16 counters, n < 2^31."""
-    return _below(out, 1)
-
-
-@intrinsic
-def below_128(_, out, at, counter, draw, n):
-    """out[at:at+128] int32: floor(word n / 2^32) of 32 counters, n < 2^31."""
-    return _below(out, 2)
-
-
-@intrinsic
-def shifts_256(_, out, at, counter, draw, n, ties):
-    """out[at:at+256] int32: (h n) >> 16 of the halves h of 32 counters, n < 2^16. True if one may be too small by one:
-    those with a bit in ties uint32[8]."""
-
-    def build(context, b, signature, args):
-        place, wide = _at(context, b, signature.args[0], args[0], args[1]), _vector(_I32, 32)
-        ties, n, some = _at(context, b, signature.args[5], args[5], _I64(0)), _splat(b, args[4], 32), _I32(0)
-        for w, pair in enumerate(pair for block in _philox(b, args[2], args[3], 2) for pair in block):
-            h = _halves(b, pair)
-            # Processors have a multiplication of 16 bits for either half of the product.
-            upper = b.trunc(b.lshr(b.mul(b.zext(h, wide), b.zext(n, wide)), wide([16] * 32)), h.type)
-            over = b.bitcast(b.icmp_unsigned(">", b.mul(h, n), b.neg(n)), _I32)
-            some = b.or_(some, over)
-            _store(b, over, ties, w)
-            _store(b, b.zext(upper, wide), place, 32 * w)
-        return b.icmp_unsigned("!=", some, _I32(0))
-
-    return types.boolean(out, types.int64, types.uint64, _DRAW, types.uint16, ties), build
+from shoal.kernels.cpu.drawn import DRAW, halves, philox
+from shoal.kernels.cpu.registers import (
+    F32,
+    F64,
+    I1,
+    I8,
+    I16,
+    I32,
+    I64,
+    address,
+    joined,
+    load,
+    part,
+    splat,
+    store,
+    stream,
+    vector,
+)
 
 
 # ------------------------------------------------------------------------------------------------ rounding to a bit
@@ -201,14 +42,14 @@ def _floor(b, v):
 
 def _threshold(b, x, s, shift=None, spot=None, strata=None):
     """16 x i32: t - 2^15 for the t of `reference.encode_bits`; shift is 16 x i32 where there are strata."""
-    cell = b.fptosi(_floor(b, b.fmul(x, s)), _vector(_I32, 16))
+    cell = b.fptosi(_floor(b, b.fmul(x, s)), vector(I32, 16))
     if shift is None:
         return cell
-    p = b.add(shift, _splat(b, spot, 16))
-    wrapped = b.sub(p, _splat(b, strata, 16))
+    p = b.add(shift, splat(b, spot, 16))
+    wrapped = b.sub(p, splat(b, strata, 16))
     p = b.select(b.icmp_unsigned("<", wrapped, p), wrapped, p)
-    base = _splat(b, b.mul(b.sub(strata, _I32(1)), _I32(32768)), 16)
-    return b.sub(b.add(cell, base), b.shl(p, _vector(_I32, 16)([16] * 16)))
+    base = splat(b, b.mul(b.sub(strata, I32(1)), I32(32768)), 16)
+    return b.sub(b.add(cell, base), b.shl(p, vector(I32, 16)([16] * 16)))
 
 
 def _saturated(b, v):
@@ -216,7 +57,7 @@ def _saturated(b, v):
     low, high = (v.type([end] * v.type.count) for end in (-(2**15), 2**15 - 1))
     v = b.select(b.icmp_signed("<", v, high), v, high)
     v = b.select(b.icmp_signed(">", v, low), v, low)
-    return b.trunc(v, _vector(_I16, v.type.count))
+    return b.trunc(v, vector(I16, v.type.count))
 
 
 def _bits_256(context, b, signature, args, strata):
@@ -225,25 +66,25 @@ def _bits_256(context, b, signature, args, strata):
     Thresholds outside the range are moved to its ends, where h < t still answers for all h but one: that one looks
     like a tie, and whoever calls looks again.
     """
-    x, s = _at(context, b, signature.args[0], args[0], args[1]), _splat(b, args[2], 16)
-    out = _at(context, b, signature.args[3], args[3], args[4])
-    middle = _vector(_I16, 32)([-(2**15)] * 32)
+    x, s = address(context, b, signature.args[0], args[0], args[1]), splat(b, args[2], 16)
+    out = address(context, b, signature.args[3], args[3], args[4])
+    middle = vector(I16, 32)([-(2**15)] * 32)
     tied = None
-    words = [pair for block in _philox(b, args[5], args[6], 2) for pair in block]
+    words = [pair for block in philox(b, args[5], args[6], 2) for pair in block]
     for w, pair in enumerate(words):
-        h = b.xor(_halves(b, pair), middle)
+        h = b.xor(halves(b, pair), middle)
         thresholds = []
         for half in range(2):
             offset, more = 32 * w + 16 * half, ()
             if strata:
-                shift = _at(context, b, signature.args[7], args[7], args[8])
-                more = (_load(b, shift, _vector(_I32, 16), offset), args[9], args[10])
-            thresholds.append(_threshold(b, _load(b, x, _vector(_F32, 16), offset), s, *more))
-        t = _saturated(b, _joined(b, *thresholds))
-        _store(b, b.bitcast(b.icmp_signed("<", h, t), _I32), out, 4 * w)
+                shift = address(context, b, signature.args[7], args[7], args[8])
+                more = (load(b, shift, vector(I32, 16), offset), args[9], args[10])
+            thresholds.append(_threshold(b, load(b, x, vector(F32, 16), offset), s, *more))
+        t = _saturated(b, joined(b, *thresholds))
+        store(b, b.bitcast(b.icmp_signed("<", h, t), I32), out, 4 * w)
         same = b.icmp_signed("==", h, t)
         tied = same if tied is None else b.or_(tied, same)
-    return b.icmp_unsigned("!=", b.bitcast(tied, _I32), _I32(0))
+    return b.icmp_unsigned("!=", b.bitcast(tied, I32), I32(0))
 
 
 @intrinsic
@@ -253,7 +94,7 @@ def bits_256(_, x, at, s, out, byte, counter, draw):
     def build(context, b, signature, args):
         return _bits_256(context, b, signature, args, strata=False)
 
-    return types.boolean(x, types.int64, types.float32, out, types.int64, types.uint64, _DRAW), build
+    return types.boolean(x, types.int64, types.float32, out, types.int64, types.uint64, DRAW), build
 
 
 @intrinsic
@@ -263,7 +104,7 @@ def strata_256(_, x, at, s, out, byte, counter, draw, shift, first, spot, strata
     def build(context, b, signature, args):
         return _bits_256(context, b, signature, args, strata=True)
 
-    drawn = (types.float32, out, types.int64, types.uint64, _DRAW)
+    drawn = (types.float32, out, types.int64, types.uint64, DRAW)
     return types.boolean(x, types.int64, *drawn, shift, types.int64, types.int32, types.int32), build
 
 
@@ -275,25 +116,25 @@ def cells_256(_, x, at, lift, s, reach, code, to, counter, draw):
     """
 
     def build(context, b, signature, args):
-        source = _at(context, b, signature.args[0], args[0], args[1])
-        place = _at(context, b, signature.args[5], args[5], args[6])
-        lift, s, reach = (_splat(b, v, 16) for v in args[2:5])
-        wide, tied = _vector(_I32, 16), None
+        source = address(context, b, signature.args[0], args[0], args[1])
+        place = address(context, b, signature.args[5], args[5], args[6])
+        lift, s, reach = (splat(b, v, 16) for v in args[2:5])
+        wide, tied = vector(I32, 16), None
         low, base = wide([65535] * 16), b.add(b.fptosi(reach, wide), wide([65535] * 16))
-        for w, pair in enumerate(pair for block in _philox(b, args[7], args[8], 2) for pair in block):
-            halves = _halves(b, pair)
+        for w, pair in enumerate(pair for block in philox(b, args[7], args[8], 2) for pair in block):
+            drawn = halves(b, pair)
             for half in range(2):
-                z = b.fmul(b.fmul(_load(b, source, _vector(_F32, 16), 32 * w + 16 * half), lift), s)
+                z = b.fmul(b.fmul(load(b, source, vector(F32, 16), 32 * w + 16 * half), lift), s)
                 z = b.select(b.fcmp_ordered("<", z, b.fneg(reach)), b.fneg(reach), z)
                 z = b.select(b.fcmp_ordered(">", z, reach), reach, z)
-                q = b.sub(b.add(b.fptosi(_floor(b, z), wide), base), b.zext(_part(b, halves, 16 * half, 16), wide))
+                q = b.sub(b.add(b.fptosi(_floor(b, z), wide), base), b.zext(part(b, drawn, 16 * half, 16), wide))
                 same = b.icmp_unsigned("==", b.and_(q, low), low)
                 tied = same if tied is None else b.or_(tied, same)
-                _store(b, b.trunc(b.lshr(q, wide([16] * 16)), _vector(_I16, 16)), place, 32 * w + 16 * half)
-        return b.icmp_unsigned("!=", b.bitcast(tied, _I16), _I16(0))
+                store(b, b.trunc(b.lshr(q, wide([16] * 16)), vector(I16, 16)), place, 32 * w + 16 * half)
+        return b.icmp_unsigned("!=", b.bitcast(tied, I16), I16(0))
 
     single, whole = types.float32, types.int64
-    return types.boolean(x, whole, single, single, single, code, whole, types.uint64, _DRAW), build
+    return types.boolean(x, whole, single, single, single, code, whole, types.uint64, DRAW), build
 
 
 MOST_STRATA = 1 << 14  # thresholds are at most 2^16 strata in magnitude, and 32 bits hold them
@@ -302,11 +143,11 @@ MOST_STRATA = 1 << 14  # thresholds are at most 2^16 strata in magnitude, and 32
 # ------------------------------------------------------------------------------------------------ bits to numbers
 def _signs(payload, out, store):
     def build(context, b, signature, args):
-        bits = _at(context, b, signature.args[0], args[0], args[1])
-        place = _at(context, b, signature.args[3], args[3], args[4])
-        plus, minus = _splat(b, args[2], 16), _splat(b, b.fneg(args[2]), 16)
+        bits = address(context, b, signature.args[0], args[0], args[1])
+        place = address(context, b, signature.args[3], args[3], args[4])
+        plus, minus = splat(b, args[2], 16), splat(b, b.fneg(args[2]), 16)
         for k in range(4):
-            store(b, b.select(_load(b, bits, _vector(_I1, 16), 2 * k), plus, minus), place, 16 * k)
+            store(b, b.select(load(b, bits, vector(I1, 16), 2 * k), plus, minus), place, 16 * k)
         return context.get_dummy_value()
 
     return types.void(payload, types.int64, types.float32, out, types.int64), build
@@ -315,13 +156,13 @@ def _signs(payload, out, store):
 @intrinsic
 def signs_64(_, payload, byte, r, out, at):
     """out[at:at+64] float32 = r where a bit of payload[byte:byte+8] is set, -r where not."""
-    return _signs(payload, out, _store)
+    return _signs(payload, out, store)
 
 
 @intrinsic
 def far_signs_64(_, payload, byte, r, out, at):
     """The same past the caches, where out[at] begins a line."""
-    return _signs(payload, out, _stream)
+    return _signs(payload, out, stream)
 
 
 @intrinsic
@@ -329,12 +170,12 @@ def add_signs_64(_, payload, byte, r, out, at):
     """out[at:at+64] float64 += r where a bit of payload[byte:byte+8] is set, and -= r where not."""
 
     def build(context, b, signature, args):
-        bits = _at(context, b, signature.args[0], args[0], args[1])
-        place, kind = _at(context, b, signature.args[3], args[3], args[4]), _vector(_F64, 8)
-        plus, minus = _splat(b, args[2], 8), _splat(b, b.fneg(args[2]), 8)
+        bits = address(context, b, signature.args[0], args[0], args[1])
+        place, kind = address(context, b, signature.args[3], args[3], args[4]), vector(F64, 8)
+        plus, minus = splat(b, args[2], 8), splat(b, b.fneg(args[2]), 8)
         for k in range(8):
-            signed = b.select(_load(b, bits, _vector(_I1, 8), k), plus, minus)
-            _store(b, b.fadd(_load(b, place, kind, 8 * k), signed), place, 8 * k)
+            signed = b.select(load(b, bits, vector(I1, 8), k), plus, minus)
+            store(b, b.fadd(load(b, place, kind, 8 * k), signed), place, 8 * k)
         return context.get_dummy_value()
 
     return types.void(payload, types.int64, types.float64, out, types.int64), build
@@ -345,11 +186,11 @@ def count_512(_, payload, byte, counts):
     """counts[:512] uint8 += the bits of payload[byte:byte+64]."""
 
     def build(context, b, signature, args):
-        bits = _at(context, b, signature.args[0], args[0], args[1])
-        place, kind = _at(context, b, signature.args[2], args[2], _I64(0)), _vector(_I8, 64)
+        bits = address(context, b, signature.args[0], args[0], args[1])
+        place, kind = address(context, b, signature.args[2], args[2], I64(0)), vector(I8, 64)
         for k in range(8):
-            more = b.zext(_load(b, bits, _vector(_I1, 64), 8 * k), kind)
-            _store(b, b.add(_load(b, place, kind, 64 * k), more), place, 64 * k)
+            more = b.zext(load(b, bits, vector(I1, 64), 8 * k), kind)
+            store(b, b.add(load(b, place, kind, 64 * k), more), place, 64 * k)
         return context.get_dummy_value()
 
     return types.void(payload, types.int64, counts), build
@@ -392,15 +233,15 @@ def _counted(b, planes, rows):
 
 def _counting(payload, planes, count):
     def build(context, b, signature, args):
-        kind, wide = signature.args[0], _vector(_I64, 8)
+        kind, wide = signature.args[0], vector(I64, 8)
         array = context.make_array(kind)(context, b, args[0])
         stride = b.extract_value(array.strides, 0)
-        place = _at(context, b, signature.args[3], args[3], _I64(0))
-        starts = [b.add(b.mul(b.add(args[1], _I64(k)), stride), args[2]) for k in range(count)]
-        rows = [_load(b, b.gep(array.data, [start]), wide) for start in starts]
-        counts = _counted(b, [_load(b, place, wide, 8 * w) for w in range(PLANES)], rows)
+        place = address(context, b, signature.args[3], args[3], I64(0))
+        starts = [b.add(b.mul(b.add(args[1], I64(k)), stride), args[2]) for k in range(count)]
+        rows = [load(b, b.gep(array.data, [start]), wide) for start in starts]
+        counts = _counted(b, [load(b, place, wide, 8 * w) for w in range(PLANES)], rows)
         for w, plane in enumerate(counts):
-            _store(b, plane, place, 8 * w)
+            store(b, plane, place, 8 * w)
         return context.get_dummy_value()
 
     return types.void(payload, types.int64, types.int64, planes), build
@@ -423,51 +264,51 @@ def named_512(_, planes, table, out, at):
     """out[at:at+512] float32 = table[count] for the counts in the planes, table float32[32]."""
 
     def build(context, b, signature, args):
-        first = _at(context, b, signature.args[0], args[0], _I64(0))
-        bits, entries = b.bitcast(first, _I8.as_pointer()), _at(context, b, signature.args[1], args[1], _I64(0))
-        place, narrow = _at(context, b, signature.args[2], args[2], args[3]), _vector(_I8, 64)
-        halves = [_load(b, entries, _vector(_F32, 16), 16 * half) for half in range(2)]
+        first = address(context, b, signature.args[0], args[0], I64(0))
+        bits, entries = b.bitcast(first, I8.as_pointer()), address(context, b, signature.args[1], args[1], I64(0))
+        place, narrow = address(context, b, signature.args[2], args[2], args[3]), vector(I8, 64)
+        registers = [load(b, entries, vector(F32, 16), 16 * half) for half in range(2)]
         for g in range(8):
             count = narrow([0] * 64)
             for w in range(PLANES):
-                mask = _load(b, bits, _vector(_I1, 64), 64 * w + 8 * g)
+                mask = load(b, bits, vector(I1, 64), 64 * w + 8 * g)
                 count = b.select(mask, b.add(count, narrow([1 << w] * 64)), count)
             for q in range(4):
-                index = b.zext(_part(b, count, 16 * q, 16), _vector(_I32, 16))
-                _store(b, _looked_up(context, b, entries, halves, index), place, 64 * g + 16 * q)
+                index = b.zext(part(b, count, 16 * q, 16), vector(I32, 16))
+                store(b, _looked_up(context, b, entries, registers, index), place, 64 * g + 16 * q)
         return context.get_dummy_value()
 
     return types.void(planes, table, out, types.int64), build
 
 
-def _looked_up(context, b, entries, halves, index):
+def _looked_up(context, b, entries, registers, index):
     """table[index], 32 numbers in two registers; one by one where there is no such instruction."""
-    kind = halves[0].type
+    kind = registers[0].type
     if "+avx512f" in context.codegen()._tm_features:
         name = "llvm.x86.avx512.vpermi2var.ps.512"
         function = b.module.globals.get(name) or ir.Function(
             b.module, ir.FunctionType(kind, [kind, index.type, kind]), name
         )
-        return b.call(function, [halves[0], index, halves[1]])
+        return b.call(function, [registers[0], index, registers[1]])
     out = kind(ir.Undefined)
     for lane in range(16):
-        out = b.insert_element(out, b.load(b.gep(entries, [b.extract_element(index, _I32(lane))])), _I32(lane))
+        out = b.insert_element(out, b.load(b.gep(entries, [b.extract_element(index, I32(lane))])), I32(lane))
     return out
 
 
 # ------------------------------------------------------------------------------------------------ sums
 def _squared(row, lanes, steps):
     def build(context, b, signature, args):
-        x = _at(context, b, signature.args[0], args[0], args[1])
-        place, kind = _at(context, b, signature.args[2], args[2], _I64(0)), _vector(_F64, 8)
+        x = address(context, b, signature.args[0], args[0], args[1])
+        place, kind = address(context, b, signature.args[2], args[2], I64(0)), vector(F64, 8)
         single = signature.args[0].dtype == types.float32
         for half in range(2):
-            total = _load(b, place, kind, 8 * half)
+            total = load(b, place, kind, 8 * half)
             for k in range(steps):
-                v = _load(b, x, _vector(_F32 if single else _F64, 8), 16 * k + 8 * half)
+                v = load(b, x, vector(F32 if single else F64, 8), 16 * k + 8 * half)
                 v = b.fpext(v, kind) if single else v
                 total = b.fadd(total, b.fmul(v, v))
-            _store(b, total, place, 8 * half)
+            store(b, total, place, 8 * half)
         return context.get_dummy_value()
 
     return types.void(row, types.int64, lanes), build

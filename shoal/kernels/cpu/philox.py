@@ -1,7 +1,7 @@
 """Random words and what is drawn with them alone: Philox4x32-10 in 64-bit lanes.
 
 One 64-bit multiplication yields both halves of Philox's 32 x 32 product. Blocks of 16 counters are drawn in wide
-registers (`lanes`); what stands here in scalars is for single coordinates.
+registers (`drawn`); what stands here in scalars is for single coordinates.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numba import njit
 from torch import Tensor
 
 from shoal.kernels.cpu.buffers import ready
-from shoal.kernels.cpu.lanes import below_64, below_128, halves_128, halves_256, shifts_256, words_64, words_128
+from shoal.kernels.cpu.drawn import below_64, below_128, halves_128, halves_256, shifts_256, words_64, words_128
 from shoal.kernels.cpu.threads import spread
 from shoal.kernels.cpu.vectors import lowest
 from shoal.kernels.draw import Draw
